@@ -1,0 +1,84 @@
+"""Freeze, unfreeze and re-initialise layers in PyTorch Lightning, with proof that it held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_freeze.apply import freeze, unfreeze
+from lightning_freeze.audit import Finding, assert_frozen
+from lightning_freeze.errors import (
+    ArgumentError,
+    AuditError,
+    ConflictError,
+    DiscoveryError,
+    FreezeError,
+    FrozenWeightsChanged,
+    ReinitError,
+    ResumeError,
+    ScheduleError,
+    SelectorError,
+    UnsupportedError,
+)
+from lightning_freeze.fingerprint import fingerprint
+from lightning_freeze.layers import LayerGroup, layer_groups
+from lightning_freeze.plan import FreezePlan
+from lightning_freeze.preview import SchedulePreview
+from lightning_freeze.reinit import reinit
+from lightning_freeze.report import Summary, summarize
+from lightning_freeze.schedule import UnfreezeSchedule
+
+if TYPE_CHECKING:
+    from lightning_freeze.callbacks import (
+        FreezeBackbone,
+        GradualUnfreeze,
+        ReinitTopLayers,
+        TrainableParamAudit,
+    )
+
+__version__ = "0.1.0"
+
+_CALLBACKS = ("FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit")
+
+__all__ = [
+    "ArgumentError",
+    "AuditError",
+    "ConflictError",
+    "DiscoveryError",
+    "Finding",
+    "FreezeBackbone",
+    "FreezeError",
+    "FreezePlan",
+    "FrozenWeightsChanged",
+    "GradualUnfreeze",
+    "LayerGroup",
+    "ReinitError",
+    "ReinitTopLayers",
+    "ResumeError",
+    "ScheduleError",
+    "SchedulePreview",
+    "SelectorError",
+    "Summary",
+    "TrainableParamAudit",
+    "UnfreezeSchedule",
+    "UnsupportedError",
+    "assert_frozen",
+    "fingerprint",
+    "freeze",
+    "layer_groups",
+    "reinit",
+    "summarize",
+    "unfreeze",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the callbacks import lightning; the functions work without it
+    if name in _CALLBACKS:
+        from lightning_freeze import callbacks
+
+        return getattr(callbacks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,109 @@
+"""The hooks that `FreezeBackbone` and `GradualUnfreeze` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
+from lightning_freeze.errors import ResumeError
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.selectors import Selector, describe
+
+
+class FreezingCallback(Callback):
+    """Takes part in the session of its trainer.
+
+    It keeps no record of what is frozen: that is a function of its schedule and the clock.
+    """
+
+    def __init__(self) -> None:
+        self._session: _session.Session | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
+        """The schedule for a model; raises where the arguments don't fit it."""
+        raise NotImplementedError
+
+    def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
+        """The number of the stage at an epoch and an optimizer step."""
+        return schedule.stage_at(epoch, step)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the arguments against the model; nothing freezes yet."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._loaded = None
+            self._session = _session.enter(trainer, pl_module, self)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """On a resume: find the state that this callback saved."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        states = checkpoint.get("callbacks") or {}
+        state = states.get(self.state_key)
+        if state is None:
+            kind = type(self).__name__
+            same = [cb for cb in trainer.callbacks if type(cb) is type(self)]
+            saved = [value for key, value in states.items() if str(key).startswith(kind)]
+            state = saved[0] if len(same) == len(saved) == 1 else None
+        if state is None:
+            raise ResumeError(
+                f"The checkpoint has no state of `{self.state_key}`: it was written without it, "
+                "so its optimizer groups have another shape. Use the callbacks of the run that "
+                "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
+                "without `ckpt_path`."
+            )
+        self._loaded = dict(state)
+        self.restore(self._loaded)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what a subclass has saved beyond the stage."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Split the optimizers' groups and freeze."""
+        start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unfreeze what is due."""
+        if self._session is not None:
+            self._session.tick(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Unfreeze what is due; an epoch's start is skipped after some resumes."""
+        if self._session is not None:
+            self._session.tick(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stage that the optimizer state in the same checkpoint belongs to."""
+        return {} if self._session is None else self._session.state(self)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the mode guards off the model."""
+        if trainer.state.fn == TrainerFn.FITTING and self._session is not None:
+            self._session.stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Take the mode guards off the model."""
+        if self._session is not None:
+            self._session.stop()
+
+
+def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
+    """Start the trainer's session, whichever callback comes first."""
+    session = _session.session_of(trainer)
+    if session is not None and not session.started:
+        loaded = {cb: getattr(cb, "_loaded", None) for cb in trainer.callbacks}
+        session.start(trainer, module, {cb: state for cb, state in loaded.items() if state})
+    return session
+
+
+def key_of(selectors: tuple[Selector, ...]) -> list[str]:
+    """Selectors as text that is the same in every process."""
+    return [describe(selector) for selector in selectors]

@@ -1,0 +1,247 @@
+"""One fit: merges what all freezing callbacks of a Trainer want, and has it applied.
+
+Every callback calls the same three functions: `enter` in `setup`, `start` in `on_fit_start` and
+`tick` in `on_train_epoch_start` and `on_train_batch_start`. All are idempotent, so the order of
+callbacks doesn't matter, and an epoch start that Lightning skips after a resume is made up for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from lightning_freeze import apply, optimizers
+from lightning_freeze.callbacks._compat import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_overridden,
+    rank_zero_warn,
+)
+from lightning_freeze.conflicts import check_conflicts
+from lightning_freeze.distributed import check_supported, rewrap
+from lightning_freeze.errors import FreezeError, ResumeError
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.plan import FreezePlan, merge
+from lightning_freeze.schedule import UnfreezeSchedule
+
+
+class Freezing(Protocol):
+    """What a session needs of a callback that freezes."""
+
+    def resolve(self, index: ModelIndex, trainer: Trainer) -> UnfreezeSchedule:
+        """Its schedule for a model. Pure: raises on bad arguments, changes nothing."""
+
+    def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
+        """Its stage now."""
+
+
+class Session:
+    """The freezing side of one fit.
+
+    Attributes:
+        index: the model, from `on_fit_start` on.
+        plan: what holds now.
+        stages: callback -> number of its stage.
+        managed: whether any callback freezes; without one, nothing is changed.
+        listeners: called before and after each change, as `listener(session, "before")`.
+    """
+
+    def __init__(self) -> None:
+        self.entered: set[int] = set()
+        self.started = False
+        self.deferred = False
+        self.index: ModelIndex | None = None
+        self.plan = FreezePlan()
+        self.schedules: dict[Any, UnfreezeSchedule] = {}
+        self.stages: dict[Any, int] = {}
+        self.groups: optimizers.OptimizerGroups | None = None
+        self.applier: apply.Applier | None = None
+        self.listeners: list[Callable[[Session, str], None]] = []
+        self._before: frozenset[str] = frozenset()
+
+    @property
+    def managed(self) -> bool:
+        """Whether any callback of the trainer freezes."""
+        return bool(self.schedules)
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """In `setup`: check everything that can be checked, then undo what an earlier fit froze.
+
+        What is made in the module's own `setup` or `configure_model` doesn't exist yet: then what
+        doesn't match is looked for again in `on_fit_start`.
+        """
+        index = ModelIndex.of(module)
+        late = is_overridden("setup", module) or is_overridden("configure_model", module)
+        claimed: frozenset[str] = frozenset()
+        try:
+            claimed = self._resolve(trainer, index)
+            for callback in trainer.callbacks:
+                if hasattr(callback, "reinit_names"):
+                    self._warn_frozen(callback.reinit_names(index))
+        except FreezeError:
+            if not late:
+                raise
+            self.deferred = True
+        if self.managed or self.deferred:
+            apply.release(index, claimed)
+            optimizers.release(index)
+
+    def _warn_frozen(self, names: Iterable[str]) -> None:
+        never = frozenset().union(*(s.never for s in self.schedules.values()))
+        useless = [name for name in names if name in never]
+        if useless:
+            rank_zero_warn(
+                f"`ReinitTopLayers` gives `{useless[0]}`"
+                f"{f' and {len(useless) - 1} more' if useless[1:] else ''} random values, but they "
+                "stay frozen for the whole fit. Let them train: raise `trainable_layers`, or "
+                "name them in `trainable`."
+            )
+
+    def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
+        listed = [cb for cb in trainer.callbacks if hasattr(cb, "resolve")]
+        schedules = {cb: found for cb in listed if (found := cb.resolve(index, trainer))}
+        self._before = apply.frozen_by_user(index)
+        if schedules:
+            trains = [n for n, p in index.parameters.items() if apply.can_train(p)]
+            check_conflicts({label(cb): s for cb, s in schedules.items()}, trains, self._before)
+        self.schedules = schedules
+        return frozenset().union(*(s.claimed for s in schedules.values()))
+
+    def start(self, trainer: Trainer, module: LightningModule, resumed: Mapping[Any, Any]) -> None:
+        """In `on_fit_start`: split the optimizers and apply the first plan.
+
+        It comes after `configure_optimizers`, so that one that filters on `requires_grad` sees
+        all that will ever train, and before optimizer state is restored.
+        """
+        if self.started:
+            return
+        self.index = ModelIndex.of(module)
+        claimed = self._resolve(trainer, self.index)
+        self.started = True
+        if not self.managed:
+            self.plan = FreezePlan(frozen=self._before)
+            return
+        snapshot = apply.Snapshot.of(self.index)
+        try:
+            check_supported(trainer.strategy)
+            apply.release(self.index, claimed & self._before)
+            self.groups = optimizers.OptimizerGroups(
+                self.index,
+                trainer.optimizers,
+                [config.scheduler for config in trainer.lr_scheduler_configs],
+                self._partition(),
+                self._merged(dict.fromkeys(self.schedules, 0)).lr_scale,
+            )
+            last = {cb: len(s.stages) - 1 for cb, s in self.schedules.items()}
+            trained = self._merged(last).trainable(self.index.parameters)
+            self.applier = apply.Applier(self.index, self.groups.held.intersection(trained))
+            clock = (trainer.current_epoch, trainer.global_step)
+            stages = {
+                cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
+                for cb, schedule in self.schedules.items()
+            }
+            self._switch(trainer, stages)
+            self._check_layout(resumed)
+        except BaseException:
+            if self.applier is not None:
+                self.applier.stop()
+            snapshot.restore(self.index)
+            raise
+
+    def tick(self, trainer: Trainer) -> None:
+        """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
+        if self.applier is None:
+            return
+        epoch, step = trainer.current_epoch, trainer.global_step
+        stages = {cb: cb.stage(schedule, epoch, step) for cb, schedule in self.schedules.items()}
+        if stages != self.stages:
+            self._switch(trainer, stages)
+        else:
+            self.applier.reassert()
+
+    def _merged(self, stages: Mapping[Any, int]) -> FreezePlan:
+        plans = [schedule.plan(stages[cb]) for cb, schedule in self.schedules.items()]
+        return merge(plans, self._before)
+
+    def _switch(self, trainer: Trainer, stages: dict[Any, int]) -> None:
+        assert self.applier is not None and self.groups is not None
+        for listener in self.listeners:
+            listener(self, "before")
+        self.stages = stages
+        self.plan = self._merged(stages)
+        changed = self.applier.apply(self.plan)
+        self.groups.sync(self.plan.frozen)
+        if changed:
+            rewrap(trainer.strategy)
+        for listener in self.listeners:
+            listener(self, "after")
+
+    def _partition(self) -> dict[str, str]:
+        """Name -> layer group, so fine that all of a group freezes and unfreezes together."""
+        assert self.index is not None
+        found: dict[str, str] = {}
+        keys: dict[tuple[Any, ...], str] = {}
+        used: dict[str, int] = {}
+        for name in self.index.parameters:
+            history = tuple(
+                tuple(name in schedule.plan(i).frozen for i in range(len(schedule.stages)))
+                for schedule in self.schedules.values()
+            )
+            labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]
+            shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
+            key = (*labels, history, name in self._before)
+            if key not in keys:
+                used[shown] = used.get(shown, 0) + 1
+                keys[key] = shown if used[shown] == 1 else f"{shown} ({used[shown]})"
+            found[name] = keys[key]
+        return found
+
+    def state(self, callback: Any) -> dict[str, Any]:
+        """What a callback saves: its stage, and the layout that the optimizer state has."""
+        if callback not in self.stages or self.groups is None:
+            return {}
+        return {"stage": self.stages[callback], "layout": self.groups.layout()}
+
+    def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
+        assert self.groups is not None
+        for callback, saved in resumed.items():
+            layout = self.groups.layout()
+            if saved.get("layout") not in (None, layout):
+                raise ResumeError(
+                    f"The checkpoint doesn't fit {label(callback)}: its optimizer groups hold "
+                    f"{saved['layout']} tensors, those of this run {layout}. The callbacks, the "
+                    "model or `configure_optimizers` have changed since. Use the arguments of the "
+                    "run that wrote it, or load its weights alone: `Model.load_from_checkpoint("
+                    "path)` and `fit` without `ckpt_path`."
+                )
+
+    def stop(self) -> None:
+        """At the end of the fit: take the guards off; flags and groups stay as they are."""
+        if self.applier is not None:
+            self.applier.stop()
+
+
+_sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()
+
+
+def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Session:
+    """In `setup`: the session of the fit that begins; the first callback to enter makes it."""
+    session = _sessions.get(trainer)
+    if session is None or id(callback) in session.entered or session.started:
+        session = Session()
+        session.prepare(trainer, module)
+        _sessions[trainer] = session
+    session.entered.add(id(callback))
+    return session
+
+
+def session_of(trainer: Trainer) -> Session | None:
+    """The session of a trainer's present or last fit."""
+    return _sessions.get(trainer)
+
+
+def label(callback: Any) -> str:
+    """A callback as its class and position-free arguments, for messages."""
+    return str(callback.state_key)

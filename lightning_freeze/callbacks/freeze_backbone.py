@@ -1,0 +1,164 @@
+"""Keep the pretrained backbone, or all but its top layers, fixed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.callbacks._compat import Trainer
+from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
+from lightning_freeze.errors import ArgumentError, ConflictError
+from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.preview import SchedulePreview
+from lightning_freeze.report import groups_or_children
+from lightning_freeze.schedule import Stage, UnfreezeSchedule, positive
+from lightning_freeze.selectors import as_selectors, select
+
+
+class FreezeBackbone(FreezingCallback):
+    """Freeze the backbone: no gradients, no optimizer state, eval mode, unchanged to the bit.
+
+    Args:
+        backbone: selectors of what to freeze; discovered where None (see `layer_groups`).
+        trainable_layers: number of blocks at the top of the backbone that stay trainable, along
+            with what stands above them in it (pooler, final norm); a negative number leaves as
+            many blocks at the bottom trainable.
+        trainable: selectors of what stays trainable inside it, such as ``"**.LayerNorm.*"`` or
+            ``"re:bias$"`` (BitFit, https://arxiv.org/abs/2106.10199).
+        train_bn: let batch-norm layers inside it train, weights and statistics.
+        eval_mode: keep what is frozen in eval mode: dropout off, batch-norm statistics still.
+            With False the modes are left alone, and the statistics move.
+        unfreeze_at_epoch: release the backbone at this epoch, counted from 0: first a linear
+            probe, then fine-tuning (LP-FT, Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+        lr_scale: factor on the learning rate of the backbone.
+
+    Raises:
+        ArgumentError: an argument is wrong by itself (at construction), or `trainable_layers` is
+            beyond the number of blocks (in `setup`).
+        SelectorError, DiscoveryError, ConflictError: in `setup`; the model is left as it was.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FreezeBackbone(trainable_layers=2)], logger=False)
+    """
+
+    def __init__(
+        self,
+        backbone: str | list[str] | None = None,
+        *,
+        trainable_layers: int = 0,
+        trainable: str | list[str] | tuple[str, ...] = (),
+        train_bn: bool = False,
+        eval_mode: bool = True,
+        unfreeze_at_epoch: int | None = None,
+        lr_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = None if backbone is None else as_selectors(backbone, "backbone")
+        if self.backbone == ():
+            raise ArgumentError(
+                "`backbone` is empty. Leave it out to have it discovered, or name what to freeze."
+            )
+        self.trainable_layers = whole(trainable_layers, "trainable_layers", least=None)
+        self.trainable = as_selectors(trainable, "trainable")
+        self.train_bn = train_bn
+        self.eval_mode = eval_mode
+        self.unfreeze_at_epoch = (
+            None
+            if unfreeze_at_epoch is None
+            else whole(unfreeze_at_epoch, "unfreeze_at_epoch", least=1)
+        )
+        self.lr_scale = positive(lr_scale, "lr_scale")
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback's state in a checkpoint from that of another `FreezeBackbone`."""
+        given = {
+            "backbone": None if self.backbone is None else key_of(self.backbone),
+            "trainable_layers": self.trainable_layers,
+            "trainable": key_of(self.trainable),
+            "unfreeze_at_epoch": self.unfreeze_at_epoch,
+        }
+        shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
+        return f"FreezeBackbone({shown})"
+
+    def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
+        """The schedule for a model: all of the backbone but what stays trainable."""
+        anatomy = discover(index) if self.backbone is None else backbone_at(index, self.backbone)
+        kept = self._top(anatomy)
+        asked = frozenset(select(index, self.trainable)) if self.trainable else frozenset()
+        core = frozenset(anatomy.backbone)
+        norms = [
+            (path, frozenset(index.within(module)))
+            for path, module in index.modules.items()
+            if self.train_bn and is_batch_norm(module)
+        ]
+        lively = [(path, own) for path, own in norms if own <= core]
+        kept = kept | asked | frozenset().union(*(own for _, own in lively))
+        stages = [Stage(0, kept & core)]
+        if not core - kept:
+            raise ConflictError(
+                f"{self.state_key} freezes nothing: `trainable_layers` and `trainable` cover the "
+                f"whole backbone ({len(core)} parameters). Leave the callback out, or name less."
+            )
+        if self.unfreeze_at_epoch is not None:
+            stages.append(Stage(self.unfreeze_at_epoch, core))
+        named = core if self.backbone is not None and self.unfreeze_at_epoch else frozenset()
+        groups = {name: group.name for group in anatomy.groups for name in group.parameters}
+        return UnfreezeSchedule(
+            governed=core,
+            stages=tuple(stages),
+            lr_scale=dict.fromkeys(core, self.lr_scale) if self.lr_scale != 1.0 else {},
+            claimed=asked | named,
+            eval_mode=self.eval_mode,
+            lively=frozenset(path for path, _ in lively),
+            layer_group=groups,
+        )
+
+    def _top(self, anatomy: Anatomy) -> frozenset[str]:
+        """The blocks that `trainable_layers` leaves trainable."""
+        count = self.trainable_layers
+        if not count:
+            return frozenset()
+        if abs(count) > len(anatomy.blocks):
+            raise ArgumentError(
+                f"`trainable_layers={count}` is beyond the {len(anatomy.blocks)} blocks of the "
+                f"backbone ({_range(anatomy.blocks)}), found by {anatomy.rule}. Write a number "
+                f"from {-len(anatomy.blocks)} to {len(anatomy.blocks)}."
+            )
+        blocks = anatomy.blocks[-count:] if count > 0 else anatomy.blocks[:-count]
+        above = anatomy.above if count > 0 else ()
+        return frozenset(above).union(*(block.parameters for block in blocks))
+
+    def preview(self, model: nn.Module, max_epochs: int = 1) -> SchedulePreview:
+        """What trains when in a model, without a Trainer.
+
+        Args:
+            model: any module; it isn't changed.
+            max_epochs: length of the run.
+
+        Returns:
+            A `SchedulePreview`, which prints as a table.
+        """
+        index = ModelIndex.of(model)
+        groups = groups_or_children(index)
+        return SchedulePreview.of(index, self.resolve(index), groups, max_epochs)
+
+
+def _range(blocks: tuple[LayerGroup, ...]) -> str:
+    if len(blocks) < 2:
+        return blocks[0].name if blocks else "none"
+    return f"{blocks[0].name} ... {blocks[-1].name}"
+
+
+def whole(value: object, argument: str, least: int | None) -> int:
+    """A whole number, or an `ArgumentError` that names the argument."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or (least is not None and value < least)
+    ):
+        span = "" if least is None else f" from {least}"
+        raise ArgumentError(f"`{argument}` is {value!r}. Write a whole number{span}.")
+    return value

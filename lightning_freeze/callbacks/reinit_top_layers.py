@@ -1,0 +1,117 @@
+"""Give the top layers, or any named tensors, a fresh start."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
+from lightning_freeze.callbacks._freezing import key_of
+from lightning_freeze.callbacks.freeze_backbone import whole
+from lightning_freeze.errors import ArgumentError
+from lightning_freeze.layers import discover
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.reinit import Init, check_init, check_possible, reinit_names
+from lightning_freeze.selectors import as_selectors, describe, select
+
+
+class ReinitTopLayers(Callback):
+    """Re-initialise the top blocks of the backbone before training, never on a resume.
+
+    Pretrained top layers are often too specialised: a fresh start for the top 1 to 6 layers of
+    BERT and for its pooler makes fine-tuning on few samples better and steadier (Zhang et al.
+    2021, https://arxiv.org/abs/2006.05987).
+
+    Args:
+        n_layers: number of blocks at the top.
+        params: selectors of further modules or tensors, such as
+            ``"bert.encoder.layer.0.attention.self.query"``.
+        pooler: whether the backbone's pooler goes along with the top layers.
+        init: "model" for the model's own way of initialising, or a callable
+            ``(name, parameter) -> None`` that writes each tensor.
+        seed: for the random values; drawn from torch's global generator where None. It is the
+            same on every rank.
+
+    Raises:
+        ArgumentError: an argument is wrong by itself (at construction), or `n_layers` is beyond
+            the number of blocks (in `setup`).
+        SelectorError, DiscoveryError, ReinitError: in `setup`; the model is left as it was.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ReinitTopLayers(3, seed=0)], logger=False)
+    """
+
+    def __init__(
+        self,
+        n_layers: int = 0,
+        *,
+        params: str | list[str] | tuple[str, ...] = (),
+        pooler: bool = True,
+        init: Init = "model",
+        seed: int | None = None,
+    ) -> None:
+        self.n_layers = whole(n_layers, "n_layers", least=0)
+        self.params = as_selectors(params, "params")
+        self.pooler = pooler
+        check_init(init)
+        self.init = init
+        self.seed = None if seed is None else whole(seed, "seed", least=0)
+        if not self.n_layers and not self.params:
+            raise ArgumentError(
+                "`ReinitTopLayers` has nothing to do: `n_layers` is 0 and `params` is empty. "
+                'Write `ReinitTopLayers(3)`, or `ReinitTopLayers(params=["bert.pooler"])`.'
+            )
+        self._deferred = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells this callback from another `ReinitTopLayers`."""
+        init = self.init if isinstance(self.init, str) else describe(self.init)
+        return (
+            f"ReinitTopLayers(n_layers={self.n_layers}, params={key_of(self.params)}, init={init})"
+        )
+
+    def reinit_names(self, index: ModelIndex) -> tuple[str, ...]:
+        """Names of the tensors that it re-initialises in a model; raises where it can't."""
+        chosen = set(select(index, self.params)) if self.params else set()
+        if self.n_layers:
+            anatomy = discover(index)
+            if self.n_layers > len(anatomy.blocks):
+                raise ArgumentError(
+                    f"`n_layers={self.n_layers}` is beyond the {len(anatomy.blocks)} blocks of the "
+                    f"backbone, found by {anatomy.rule}. Write at most {len(anatomy.blocks)}."
+                )
+            for block in anatomy.blocks[-self.n_layers :]:
+                chosen.update(block.parameters)
+            if self.pooler:
+                chosen.update(name for name in anatomy.above if "pooler" in name)
+        names = tuple(name for name in index.parameters if name in chosen)
+        if self.init == "model":
+            check_possible(index, names)
+        return names
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Re-initialise, before the weights of a resume are loaded and before ranks are synced."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        session = _session.enter(trainer, pl_module, self)
+        self._deferred = session.deferred
+        if not session.deferred and not trainer.global_step:
+            self._reinit(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Re-initialise what was made in `configure_model`, unless this is a resume."""
+        if self._deferred and trainer.ckpt_path is None and not trainer.global_step:
+            self._reinit(trainer, pl_module)
+
+    def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
+        index = ModelIndex.of(module)
+        names = self.reinit_names(index)
+        drawn: Any = self.seed
+        if drawn is None:
+            drawn = int(torch.randint(0, 2**31, ()).item())
+        seed = int(trainer.strategy.broadcast(drawn))
+        reinit_names(index, names, init=self.init, seed=seed)

@@ -1,0 +1,475 @@
+"""Prove that what is frozen stays frozen and that what is unfrozen trains."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Union
+
+from lightning_freeze.audit import (
+    Declared,
+    Finding,
+    GradientWatch,
+    Ledger,
+    Seen,
+    check_optimizers,
+    check_ranks,
+    error_for,
+)
+from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
+from lightning_freeze.callbacks._freezing import start
+from lightning_freeze.callbacks.freeze_backbone import whole
+from lightning_freeze.callbacks.gradual_unfreeze import one_of
+from lightning_freeze.distributed import from_all_ranks, rank
+from lightning_freeze.errors import ArgumentError, DiscoveryError
+from lightning_freeze.fingerprint import fingerprint
+from lightning_freeze.layers import LayerGroup, discover
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
+from lightning_freeze.timeline import Moment, plot_timeline
+
+
+class TrainableParamAudit(Callback):
+    """Check, to the bit, that frozen weights never change and that trainable ones do.
+
+    It compares fingerprints of frozen parameters and buffers, flags, modes, gradients, optimizer
+    groups, ties and ranks with what the freezing callbacks declared; alone, with what
+    `requires_grad` says at fit start. It changes nothing.
+
+    Args:
+        on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn".
+        every: "epoch", "batch", or a number of optimizer steps between two checks; the end of
+            each epoch and each change of the trainable set is always checked.
+        table: print who trains at fit start and at each change, and the verdict at fit end.
+        log_metrics: log the numbers of trainable and frozen parameters to the loggers.
+        report: path of a JSON report, written at fit end and when an exception ends the fit.
+        dead_after: optimizer steps without a gradient after which a trainable parameter counts
+            as dead.
+
+    Attributes:
+        findings: what it saw in the last fit, as `Finding` objects.
+        moments: who trained when, at which learning rate.
+
+    Raises:
+        ArgumentError: at construction.
+        AuditError, FrozenWeightsChanged: in the fit, with ``on_violation="raise"``.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[TrainableParamAudit(every=100)], logger=False)
+    """
+
+    def __init__(
+        self,
+        *,
+        on_violation: str = "raise",
+        every: Union[str, int] = "epoch",
+        table: bool = True,
+        log_metrics: bool = True,
+        report: Union[str, os.PathLike[str], None] = None,
+        dead_after: int = 10,
+    ) -> None:
+        self.on_violation = one_of(on_violation, "on_violation", ("raise", "warn"))
+        if isinstance(every, bool) or not isinstance(every, (int, str)):
+            every = str(every)
+        if isinstance(every, int):
+            self.every: Union[str, int] = whole(every, "every", least=1)
+        elif every in ("epoch", "batch"):
+            self.every = every
+        else:
+            raise ArgumentError(
+                f'`every` is {every!r}. Write "epoch", "batch" or a number of optimizer steps.'
+            )
+        self.table = table
+        self.log_metrics = log_metrics
+        self.report = None if report is None else Path(report)
+        self.dead_after = whole(dead_after, "dead_after", least=1)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.findings: list[Finding] = []
+        self.moments: list[Moment] = []
+        self.groups: tuple[LayerGroup, ...] = ()
+        self.checks = 0
+        self._session: _session.Session | None = None
+        self._ledger: Ledger | None = None
+        self._declared = Declared(frozenset())
+        self._omitted: frozenset[str] = frozenset()
+        self._watch = GradientWatch(self.dead_after)
+        self._start: dict[str, tuple[str, int]] = {}
+        self._queue: list[Seen] = []
+        self._last_step = 0
+        self._resumed: dict[str, Any] = {}
+        self._epochs = 0.0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Begin a new record."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._reset()
+            self._session = _session.enter(trainer, pl_module, self)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """On a resume: the fingerprints that the frozen tensors had."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
+            self._resumed = dict(state.get("frozen", {}))
+            self.moments = [Moment(**moment) for moment in state.get("moments", ())]
+            self.checks = state.get("checks", 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of what is frozen, and the record so far."""
+        if self._ledger is None:
+            return {}
+        moments = [moment.to_dict() for moment in self.moments]
+        return {"frozen": self._ledger.digests(), "moments": moments, "checks": self.checks}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take down what is declared."""
+        session = self._session = start(trainer, pl_module)
+        if session is None or session.index is None:
+            return
+        session.listeners.append(lambda _, when: self._on_change(trainer, when))
+        self.groups = groups_or_children(session.index)
+        self._declared = self._declaration()
+        if not session.managed:
+            self._omitted = _left_out(session.index, self.groups, trainer)
+
+    def _declaration(self) -> Declared:
+        session = self._session
+        assert session is not None and session.index is not None
+        if not session.managed or session.applier is None:
+            return Declared.by_flags(session.index)
+        kept = {id(module) for module in session.applier.quiet}
+        quiet = frozenset(p for p, m in session.index.modules.items() if id(m) in kept)
+        return Declared(session.plan.frozen, quiet, quiet)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Fingerprint what is frozen: here weights are restored and validated with."""
+        if self._session is None:
+            return
+        self._ledger = Ledger(pl_module, self._declared)
+        changed = [n for n, d in self._ledger.digests().items() if self._resumed.get(n, d) != d]
+        if changed:
+            self._queue.append(
+                Seen(
+                    "resume-mismatch",
+                    tuple(changed),
+                    f"{changed[0]} and {len(changed) - 1} more frozen tensors aren't what they "
+                    "were when the checkpoint was saved",
+                    "The checkpoint's weights were changed, or other weights were loaded after it.",
+                    "Resume from the checkpoint as it was written.",
+                )
+            )
+        self._arm(trainer)
+        self._record(trainer)
+        self._show(trainer)
+        self._log(trainer)
+        self._check(trainer)
+
+    def _arm(self, trainer: Trainer) -> None:
+        """Begin to watch what trains now."""
+        assert self._ledger is not None
+        index = self._ledger.index
+        held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+        trains = {
+            name: parameter
+            for name, parameter in index.parameters.items()
+            if name not in self._ledger.declared.frozen and id(parameter) in held
+        }
+        self._watch.arm(trains)
+        self._start = {
+            name: self._start.get(name) or (fingerprint(parameter), trainer.global_step)
+            for name, parameter in trains.items()
+        }
+
+    def _on_change(self, trainer: Trainer, when: str) -> None:
+        """Check what was, then declare what is to be."""
+        if self._ledger is None:
+            return
+        if when == "before":
+            self._check(trainer, flags=False)
+            return
+        self._declared = self._declaration()
+        self._ledger.declare(self._declared)
+        self._arm(trainer)
+        self._record(trainer)
+        self._show(trainer)
+        self._log(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take down the learning rates."""
+        if self._session is not None and self._ledger is not None:
+            self._session.tick(trainer)
+            self._record(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
+    ) -> None:
+        """See who has a gradient."""
+        dead = self._watch.before_step(optimizer)
+        for group, names in self._by_group(dead).items():
+            shown = names[0] if len(names) == 1 else f"{len(names)} tensors of `{group}`"
+            self._queue.append(
+                Seen(
+                    "no-gradient",
+                    names,
+                    f"{shown} had no gradient for {self.dead_after} optimizer steps although "
+                    "trainable",
+                    "The loss doesn't depend on it, or its forward runs under `no_grad`.",
+                    "Use its output in the loss, or freeze it; raise `dead_after` if it is used "
+                    "rarely.",
+                )
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check, if it is time."""
+        if self._ledger is None:
+            return
+        steps = trainer.global_step - self._last_step
+        due = self.every == "batch" or (isinstance(self.every, int) and steps >= self.every)
+        if due or (self._queue and trainer.world_size == 1):
+            self._check(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, and see who never moved."""
+        if self._ledger is not None:
+            self._epochs = trainer.current_epoch + 1.0
+            self._queue += self._not_moved(trainer)
+            self._check(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check a last time, and report."""
+        if self._ledger is not None:
+            try:
+                self._check(trainer)
+            finally:
+                self._write(trainer)
+            if self.table and trainer.is_global_zero:
+                print(self.verdict, flush=True)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Report what was found until then."""
+        if self._ledger is not None:
+            self._write(trainer)
+
+    def _check(self, trainer: Trainer, *, flags: bool = True) -> None:
+        assert self._ledger is not None and self._session is not None
+        optimizers = trainer.optimizers
+        seen = [*self._queue, *self._ledger.check(optimizers, _averaging(trainer), flags=flags)]
+        self._queue = []
+        if flags:
+            seen += self._check_optimizers(trainer)
+        if trainer.world_size > 1:
+            now = self._ledger.index.parameters
+            digests = from_all_ranks({name: fingerprint(p) for name, p in now.items()})
+            seen += check_ranks(digests) if rank() == 0 else []
+        self.checks += 1
+        self._last_step = trainer.global_step
+        self._judge(trainer, seen)
+
+    def _check_optimizers(self, trainer: Trainer) -> list[Seen]:
+        assert self._ledger is not None and self._session is not None
+        index = self._ledger.index
+        governed = frozenset().union(*(s.governed for s in self._session.schedules.values()))
+
+        def expected(name: str) -> bool:
+            return name in governed if governed else name not in self._omitted
+
+        return check_optimizers(
+            index,
+            [name for name, p in index.parameters.items() if p.requires_grad],
+            trainer.optimizers,
+            [config.scheduler for config in trainer.lr_scheduler_configs],
+            expected,
+        )
+
+    def _not_moved(self, trainer: Trainer) -> list[Seen]:
+        """Layer groups of which nothing has moved although everything had gradients."""
+        assert self._ledger is not None
+        parameters = self._ledger.index.parameters
+        lrs = learning_rates(self._ledger.index, trainer.optimizers)
+        seen = []
+        alive = [name for name in self._start if name in self._watch.alive]
+        for group, names in self._by_group(alive).items():
+            late = any(
+                trainer.global_step - self._start[name][1] < self.dead_after or not lrs.get(name)
+                for name in names
+            )
+            if late or any(fingerprint(parameters[n]) != self._start[n][0] for n in names):
+                continue
+            seen.append(
+                Seen(
+                    "not-updated",
+                    names,
+                    f"`{group}` has gradients, but none of its {len(names)} tensors has moved",
+                    "Its updates are zero or too small for its precision.",
+                    "Raise its learning rate, or look for code that zeroes its gradients.",
+                )
+            )
+        return seen
+
+    def _by_group(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        chosen = set(names)
+        found = {g.name: tuple(n for n in g.parameters if n in chosen) for g in self.groups}
+        return {group: members for group, members in found.items() if members}
+
+    def _judge(self, trainer: Trainer, seen: list[Seen]) -> None:
+        """Keep what is new, and raise or warn: all ranks together."""
+        mine = [item.at(trainer.current_epoch, trainer.global_step, rank()) for item in seen]
+        known = {(finding.code, finding.names) for finding in self.findings}
+        new: list[Finding] = []
+        for finding in [f for found in from_all_ranks(mine) for f in found]:
+            if (finding.code, finding.names) not in known:
+                known.add((finding.code, finding.names))
+                new.append(finding)
+        self.findings += new
+        if new and self.on_violation == "raise":
+            raise error_for(new)
+        for finding in new if trainer.is_global_zero else ():
+            warnings.warn(str(finding), stacklevel=2)
+
+    def _record(self, trainer: Trainer) -> None:
+        assert self._ledger is not None
+        lrs = learning_rates(self._ledger.index, trainer.optimizers)
+        frozen = self._ledger.declared.frozen
+        now: dict[str, float | None] = {}
+        for group in self.groups:
+            trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
+            now[group.name] = max(trains) if trains else None
+        moment = Moment(trainer.current_epoch, trainer.global_step, now)
+        if self.moments and self.moments[-1].step == moment.step:
+            self.moments[-1] = replace(moment, epoch=moment.epoch)
+        else:
+            self.moments.append(moment)
+
+    def summary(self, trainer: Trainer, title: str = "") -> Summary:
+        """Who trains now, as a `Summary`."""
+        assert self._ledger is not None
+        rows = rows_of(self._ledger.index, self.groups, trainer.optimizers)
+        session = self._session
+        notes: list[str] = []
+        if session is not None and session.applier is not None and session.applier.woken:
+            woken = session.applier.woken
+            notes.append(
+                f"{len(woken)} modules (from `{woken[0] or type(trainer.lightning_module).__name__}`"
+                " on) were in eval mode, as `from_pretrained` leaves them, although they train: "
+                "put in train mode."
+            )
+        omitted = sum(row.status == "in no optimizer" for row in rows)
+        if omitted:
+            notes.append(f"{omitted} tensors require a gradient but are in no optimizer.")
+        return Summary(rows, title, tuple(notes))
+
+    def _show(self, trainer: Trainer) -> None:
+        if self.table and trainer.is_global_zero:
+            when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
+            print(f"\n{self.summary(trainer, when)}\n", flush=True)
+
+    def _log(self, trainer: Trainer) -> None:
+        if not self.log_metrics or not trainer.loggers or not trainer.is_global_zero:
+            return
+        assert self._ledger is not None
+        counts = {"trainable": 0, "frozen": 0}
+        for name, parameter in self._ledger.index.parameters.items():
+            frozen = name in self._ledger.declared.frozen
+            counts["frozen" if frozen else "trainable"] += parameter.numel()
+        metrics = {f"freeze/{kind}_parameters": float(n) for kind, n in counts.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    @property
+    def verdict(self) -> str:
+        """The result of the last fit in one or two sentences."""
+        if self._ledger is None:
+            return "Audit: no fit yet."
+        if self.findings:
+            codes = ", ".join(sorted({finding.code for finding in self.findings}))
+            return f"Audit: {len(self.findings)} findings ({codes}) in {self.checks} checks."
+        frozen = self._ledger.tensors
+        moved = len(self._watch.alive)
+        still = (
+            f"{frozen} frozen tensors unchanged to the bit" if frozen else "nothing is frozen now"
+        )
+        return (
+            f"Audit: clean in {self.checks} checks. At the end {still}; {moved} trainable tensors "
+            "had gradients."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        import lightning
+        import torch
+
+        from lightning_freeze import __version__
+
+        frozen = self._ledger.digests() if self._ledger is not None else {}
+        return {
+            "format": 1,
+            "verdict": self.verdict,
+            "clean": not self.findings,
+            "checks": self.checks,
+            "findings": [finding.to_dict() for finding in self.findings],
+            "layer_groups": [group.name for group in self.groups],
+            "moments": [moment.to_dict() for moment in self.moments],
+            "frozen": frozen,
+            "versions": {
+                "lightning_freeze": __version__,
+                "torch": torch.__version__,
+                "lightning": lightning.__version__,
+            },
+        }
+
+    def _write(self, trainer: Trainer) -> None:
+        if self.report is not None and trainer.is_global_zero:
+            write_json(self.report, self.to_dict())
+
+    def plot(self, path: Union[str, os.PathLike[str], None] = None) -> Any:
+        """Draw which layers trained when, with their learning rates.
+
+        Args:
+            path: where to save the picture; not saved where None.
+
+        Returns:
+            The matplotlib figure.
+        """
+        names = [group.name for group in self.groups]
+        target = None if path is None else Path(path)
+        return plot_timeline(self.moments, names, target, end=self._epochs or None)
+
+
+def _left_out(
+    index: ModelIndex, groups: tuple[LayerGroup, ...], trainer: Trainer
+) -> frozenset[str]:
+    """What a user left out of the optimizers on purpose: whole layer groups below the head."""
+    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    out = {
+        name
+        for name, parameter in index.parameters.items()
+        if parameter.requires_grad and id(parameter) not in held
+    }
+    try:
+        head = set(discover(index).head)
+    except DiscoveryError:
+        return frozenset(out)
+    whole_groups = [g for g in groups if out.issuperset(g.parameters)]
+    return frozenset(n for g in whole_groups for n in g.parameters if n not in head)
+
+
+def _averaging(trainer: Trainer) -> str:
+    """The name of a callback that averages weights, if there is one."""
+    for callback in trainer.callbacks:
+        for kind in type(callback).__mro__:
+            if kind.__name__ in ("WeightAveraging", "StochasticWeightAveraging"):
+                return type(callback).__name__
+    return ""

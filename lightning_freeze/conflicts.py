@@ -1,0 +1,60 @@
+"""What several schedules want together, checked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from lightning_freeze.errors import ConflictError
+from lightning_freeze.plan import merge
+from lightning_freeze.schedule import UnfreezeSchedule
+
+
+def check_conflicts(
+    schedules: Mapping[str, UnfreezeSchedule], names: Iterable[str], before: Iterable[str]
+) -> None:
+    """Raise where callbacks cancel each other, or leave nothing to train.
+
+    Args:
+        schedules: label of a callback -> its schedule.
+        names: all parameters of the model that can train.
+        before: names that the user froze before the fit.
+
+    Raises:
+        ConflictError: one callback never unfreezes what another's schedule unfreezes, so that
+            this one has no effect; or nothing trains at the start.
+    """
+    listed = list(schedules.items())
+    for position, (label, schedule) in enumerate(listed):
+        for other, blocker in listed[:position] + listed[position + 1 :]:
+            _check_pair(label, schedule, other, blocker)
+    every = list(names)
+    plan = merge([schedule.plan(0) for schedule in schedules.values()], before)
+    if not plan.trainable(every):
+        labels = ", ".join(schedules)
+        first = min(
+            (stage.at for _, s in listed for stage in s.stages if stage.trainable), default=None
+        )
+        advice = "leave at least the head trainable, as in `FreezeBackbone()`"
+        if first:
+            advice = f'name the head at 0, as in `{{0: "classifier", {first}: ...}}`'
+        raise ConflictError(
+            f"Nothing is left to train at the start: {labels} "
+            f"{'freezes' if len(listed) == 1 else 'freeze'} all {len(every)} parameters that "
+            f"could. Let something train: {advice}."
+        )
+
+
+def _check_pair(
+    label: str, schedule: UnfreezeSchedule, other: str, blocker: UnfreezeSchedule
+) -> None:
+    explicit = schedule.claimed & schedule.governed
+    asked = explicit or schedule.stages[-1].trainable - schedule.stages[0].trainable
+    blocked = asked & blocker.never
+    if blocked and (explicit or blocked == asked):
+        names = sorted(blocked)
+        raise ConflictError(
+            f"{label} and {other} contradict each other: {label} is to train `{names[0]}`"
+            f"{f' and {len(names) - 1} more' if names[1:] else ''}, which {other} freezes for the "
+            "whole fit, and a parameter trains only if no callback freezes it. Leave one of the "
+            f"callbacks out, or narrow {other}, for example with `trainable=`."
+        )

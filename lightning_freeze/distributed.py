@@ -1,0 +1,82 @@
+"""Several ranks: which strategies work, re-wrapping after a change, and one verdict for all."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+from lightning_freeze.errors import UnsupportedError
+
+T = TypeVar("T")
+
+_REFUSED = {
+    "FSDPStrategy": (
+        "FSDP1 flattens parameters and fixes what requires a gradient when it wraps the model"
+    ),
+    "DeepSpeedStrategy": "DeepSpeed builds its own flat optimizer when it wraps the model",
+    "ModelParallelStrategy": (
+        "its checkpoints restore optimizer state after the fit has started, which this version "
+        "doesn't serve yet"
+    ),
+    "XLAStrategy": "it has not been tested",
+    "XLAFSDPStrategy": "it has not been tested",
+}
+
+
+def check_supported(strategy: Any) -> None:
+    """Refuse strategies under which layers can't change while the fit runs.
+
+    Raises:
+        UnsupportedError: with the reason and what to use instead.
+    """
+    for base in type(strategy).__mro__:
+        if base.__name__ in _REFUSED:
+            raise UnsupportedError(
+                f"`{type(strategy).__name__}` isn't supported: {_REFUSED[base.__name__]}. Use "
+                '`strategy="ddp"` or one device.'
+            )
+
+
+def rewrap(strategy: Any) -> bool:
+    """Build DistributedDataParallel anew, so that its reducer knows who trains.
+
+    The reducer collects what requires a gradient when it is built: what unfreezes later would
+    never be averaged, and the replicas would drift apart in silence (Lightning issue 20340).
+
+    Args:
+        strategy: the trainer's; anything but a DDPStrategy is left alone.
+
+    Returns:
+        Whether it was rebuilt.
+    """
+    if not any(base.__name__ == "DDPStrategy" for base in type(strategy).__mro__):
+        return False
+    if not isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+        return False
+    module = strategy.lightning_module
+    for parameter in module.parameters():
+        parameter.grad = None  # a gradient may be a view into the old reducer's buckets
+    strategy.model = module
+    strategy._pl_static_graph_delay_done = False
+    strategy.configure_ddp()
+    return True
+
+
+def rank() -> int:
+    """This process's rank, 0 without torch.distributed."""
+    return dist.get_rank() if _several() else 0
+
+
+def from_all_ranks(item: T) -> list[T]:
+    """One picklable object from each rank, in the order of ranks; a list of one on one process."""
+    if not _several():
+        return [item]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, item)
+    return found
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -1,0 +1,141 @@
+"""Model -> one name per tensor: wrappers stripped, ties resolved by identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def clean(name: str) -> str:
+    """Drop the components that torch's wrappers put into a dotted name.
+
+    >>> clean("model._orig_mod.layer.1.weight")
+    'model.layer.1.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    """True for DistributedDataParallel, DataParallel, AveragedModel: all under one `module`."""
+    return (
+        set(module._modules) == {"module"}
+        and not module._parameters
+        and type(module).__module__.startswith(("torch.", "lightning", "pytorch_lightning"))
+    )
+
+
+@dataclass(frozen=True)
+class ModelIndex:
+    """The names of one model, and what they stand for.
+
+    A tensor with several names (a tie) is indexed once, under its first name; the others are its
+    aliases. Build it with `ModelIndex.of`.
+
+    Attributes:
+        parameters: name -> parameter, one entry per tensor, in the order of registration.
+        canonical: every parameter name, aliases included -> the name in `parameters`.
+        modules: every module name -> module; the model itself is "".
+    """
+
+    parameters: dict[str, nn.Parameter]
+    canonical: dict[str, str]
+    modules: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelIndex:
+        """Index `model`.
+
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> model[1].weight = model[0].weight
+        >>> ModelIndex.of(model).aliases
+        {'0.weight': ('1.weight',)}
+        """
+        while _is_wrapper(model):
+            model = model.module
+        parameters: dict[str, nn.Parameter] = {}
+        canonical: dict[str, str] = {}
+        first_name: dict[int, str] = {}
+        for raw, parameter in model.named_parameters(remove_duplicate=False):
+            name = clean(raw)
+            if id(parameter) not in first_name:
+                first_name[id(parameter)] = name
+                parameters[name] = parameter
+            canonical[name] = first_name[id(parameter)]
+        # a wrapper and what it wraps share a cleaned name: the inner module, which comes later, wins
+        modules = {clean(name): m for name, m in model.named_modules(remove_duplicate=False)}
+        return cls(parameters, canonical, modules)
+
+    @cached_property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Canonical name -> its other names, for tied tensors only."""
+        found: dict[str, list[str]] = {}
+        for name, first in self.canonical.items():
+            if name != first:
+                found.setdefault(first, []).append(name)
+        return {first: tuple(names) for first, names in found.items()}
+
+    @cached_property
+    def name_of(self) -> dict[int, str]:
+        """Id of a parameter -> its canonical name."""
+        return {id(parameter): name for name, parameter in self.parameters.items()}
+
+    @cached_property
+    def _own(self) -> dict[int, tuple[str, ...]]:
+        """Id of a module -> canonical names of the parameters in its subtree."""
+        return {
+            id(module): tuple(
+                dict.fromkeys(
+                    self.name_of[id(p)] for p in module.parameters() if id(p) in self.name_of
+                )
+            )
+            for module in self.modules.values()
+        }
+
+    def within(self, module: nn.Module) -> tuple[str, ...]:
+        """Canonical names of the parameters in a module's subtree."""
+        return self._own[id(module)]
+
+    def path(self, module: nn.Module) -> str:
+        """The first name of a module of this model."""
+        return self._paths[id(module)]
+
+    @cached_property
+    def _paths(self) -> dict[int, str]:
+        paths: dict[int, str] = {}
+        for name, module in self.modules.items():
+            paths.setdefault(id(module), name)
+        return paths
+
+    def children(self, path: str) -> list[tuple[str, nn.Module]]:
+        """Direct children of the module at `path` that hold parameters, with their full names."""
+        module = self.modules[path]
+        found = []
+        for name, child in module.named_children():
+            full = clean(f"{path}.{name}" if path else name)
+            if full in self.modules and self.within(child):
+                found.append((full, self.modules[full]))
+        return found
+
+    @cached_property
+    def roots(self) -> list[str]:
+        """The model, and what it wraps as its only child with parameters, outermost first."""
+        roots = [""]
+        while True:
+            inside = self.children(roots[-1])
+            own = [p for p in self.modules[roots[-1]]._parameters.values() if p is not None]
+            if len(inside) != 1 or own or isinstance(inside[0][1], nn.ModuleList):
+                return roots
+            roots.append(inside[0][0])
+
+    def owner(self, name: str) -> str:
+        """The module name that a parameter name hangs from."""
+        return name.rpartition(".")[0]
+
+    def tensors(self, names: Iterable[str]) -> list[Tensor]:
+        """The parameters behind some canonical names."""
+        return [self.parameters[name] for name in names]

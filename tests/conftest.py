@@ -1,0 +1,36 @@
+"""What every test needs: a quiet, offline, seeded process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import pytest
+import torch
+
+_torchvision_operators = []
+
+try:
+    import torchvision  # noqa: F401
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    # torchvision's wheel is built for CUDA; beside a CPU torch two operators are missing, and a
+    # half-imported torchvision breaks lightning and transformers, too
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _torchvision_operators.append(library)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> None:
+    torch.set_num_threads(2)
