@@ -384,8 +384,9 @@ def _why(
     """The cause and the fix for a frozen parameter that changed, by looking at it."""
     holder = _holder(parameter, optimizers)
     if parameter.requires_grad:
+        stepped = f", and {holder} holds it" if holder else ""
         return (
-            f"`requires_grad` is True: other code turned it on{', and ' + holder + ' holds it' if holder else ''}.",
+            f"`requires_grad` is True: other code turned it on{stepped}.",
             "Find what sets `requires_grad` and leave that to one callback.",
         )
     if holder and parameter.grad is not None:
@@ -458,7 +459,8 @@ def check_optimizers(
         )
     for scheduler in schedulers:
         optimizer = getattr(scheduler, "optimizer", None)
-        size = len(getattr(scheduler, "base_lrs", None) or getattr(scheduler, "min_lrs", ()))
+        lists = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "min_lrs", None)
+        size = len(lists or ())
         if optimizer is not None and size and size != len(optimizer.param_groups):
             kind = type(scheduler).__name__
             seen.append(

@@ -98,8 +98,8 @@ def layer_groups(model: nn.Module, patterns: Sequence[Selectors] | None = None) 
         ArgumentError: two patterns claim one parameter.
 
     Example:
-        >>> model = nn.ModuleDict({"features": nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)),
-        ...                        "classifier": nn.Linear(4, 2)})
+        >>> features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+        >>> model = nn.ModuleDict({"features": features, "classifier": nn.Linear(4, 2)})
         >>> [group.name for group in layer_groups(model)]
         ['features.0', 'features.1', 'head']
     """

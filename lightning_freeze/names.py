@@ -56,7 +56,7 @@ class ModelIndex:
         {'0.weight': ('1.weight',)}
         """
         while _is_wrapper(model):
-            model = model.module
+            model = model.get_submodule("module")
         parameters: dict[str, nn.Parameter] = {}
         canonical: dict[str, str] = {}
         first_name: dict[int, str] = {}
@@ -66,7 +66,7 @@ class ModelIndex:
                 first_name[id(parameter)] = name
                 parameters[name] = parameter
             canonical[name] = first_name[id(parameter)]
-        # a wrapper and what it wraps share a cleaned name: the inner module, which comes later, wins
+        # a wrapper and what it wraps share a cleaned name: the inner one comes later and wins
         modules = {clean(name): m for name, m in model.named_modules(remove_duplicate=False)}
         return cls(parameters, canonical, modules)
 

@@ -312,7 +312,7 @@ def _assign(group: dict[str, Any], key: str, value: Any) -> None:
 
 
 @cache
-def _scaled_class(kind: type) -> type:
+def _scaled_class(kind: Any) -> Any:
     """A scheduler class whose `step` sees the user's lrs.
 
     The class is swapped rather than the method, since an attribute would go into `state_dict`.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
-from typing import Union
+from typing import Any, Union
 
 from torch import nn
 
@@ -111,7 +111,7 @@ def _match(index: ModelIndex, selector: Selector) -> list[str]:
     raise _nothing(index, selector)
 
 
-def describe(selector: Selector) -> str:
+def describe(selector: str | Callable[..., Any]) -> str:
     """A selector as a stable text: callables by their qualified name."""
     if isinstance(selector, str):
         return selector

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
 from lightning_freeze.callbacks import _session
-from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.schedule import UnfreezeSchedule
@@ -46,7 +48,7 @@ class FreezingCallback(Callback):
         state = states.get(self.state_key)
         if state is None:
             kind = type(self).__name__
-            same = [cb for cb in trainer.callbacks if type(cb) is type(self)]
+            same = [cb for cb in _session.callbacks_of(trainer) if type(cb) is type(self)]
             saved = [value for key, value in states.items() if str(key).startswith(kind)]
             state = saved[0] if len(same) == len(saved) == 1 else None
         if state is None:
@@ -99,7 +101,7 @@ def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
     """Start the trainer's session, whichever callback comes first."""
     session = _session.session_of(trainer)
     if session is not None and not session.started:
-        loaded = {cb: getattr(cb, "_loaded", None) for cb in trainer.callbacks}
+        loaded = {cb: getattr(cb, "_loaded", None) for cb in _session.callbacks_of(trainer)}
         session.start(trainer, module, {cb: state for cb, state in loaded.items() if state})
     return session
 

@@ -8,7 +8,10 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, is_overridden
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_freeze.callbacks._session import callbacks_of
 from lightning_freeze.errors import ArgumentError
 
 _NOT_OURS = {"torch", "math", "np", "numpy", "logging", "logger", "log", "wandb"}
@@ -30,7 +33,7 @@ def check_can_be_logged(monitor: str, trainer: Trainer) -> None:
             f"`monitor={monitor!r}` is never logged: this run has no validation. Give the module a "
             "`validation_step` and the fit validation data, or monitor a training metric."
         )
-    names = _literal_names([module, *trainer.callbacks])
+    names = _literal_names([module, *callbacks_of(trainer)])
     endings = ("_step", "_epoch", "/dataloader_idx_")
     if names is None or any(
         monitor == name or monitor.startswith(tuple(name + ending for ending in endings))

@@ -8,17 +8,14 @@ callbacks doesn't matter, and an epoch start that Lightning skips after a resume
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
 from lightning_freeze import apply, optimizers
-from lightning_freeze.callbacks._compat import (
-    Callback,
-    LightningModule,
-    Trainer,
-    is_overridden,
-    rank_zero_warn,
-)
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import check_supported, rewrap
 from lightning_freeze.errors import FreezeError, ResumeError
@@ -77,7 +74,7 @@ class Session:
         claimed: frozenset[str] = frozenset()
         try:
             claimed = self._resolve(trainer, index)
-            for callback in trainer.callbacks:
+            for callback in callbacks_of(trainer):
                 if hasattr(callback, "reinit_names"):
                     self._warn_frozen(callback.reinit_names(index))
         except FreezeError:
@@ -100,7 +97,7 @@ class Session:
             )
 
     def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
-        listed = [cb for cb in trainer.callbacks if hasattr(cb, "resolve")]
+        listed = [cb for cb in callbacks_of(trainer) if hasattr(cb, "resolve")]
         schedules = {cb: found for cb in listed if (found := cb.resolve(index, trainer))}
         self._before = apply.frozen_by_user(index)
         if schedules:
@@ -166,7 +163,8 @@ class Session:
         return merge(plans, self._before)
 
     def _switch(self, trainer: Trainer, stages: dict[Any, int]) -> None:
-        assert self.applier is not None and self.groups is not None
+        assert self.applier is not None
+        assert self.groups is not None
         for listener in self.listeners:
             listener(self, "before")
         self.stages = stages
@@ -240,6 +238,11 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Sess
 def session_of(trainer: Trainer) -> Session | None:
     """The session of a trainer's present or last fit."""
     return _sessions.get(trainer)
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """The trainer's callbacks; Lightning doesn't annotate them."""
+    return list(cast("Any", trainer).callbacks)
 
 
 def label(callback: Any) -> str:

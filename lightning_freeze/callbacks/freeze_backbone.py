@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
-from lightning_freeze.callbacks._compat import Trainer
 from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
 from lightning_freeze.errors import ArgumentError, ConflictError
 from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Union
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
-from lightning_freeze.callbacks._compat import LightningModule, Trainer
 from lightning_freeze.callbacks._freezing import FreezingCallback
 from lightning_freeze.callbacks._metric import check_can_be_logged, missing_metric
 from lightning_freeze.callbacks.freeze_backbone import whole
@@ -259,9 +259,10 @@ class GradualUnfreeze(FreezingCallback):
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first batch: a validation metric that validation doesn't log is a mistake."""
-        if self.monitor is not None and self.monitor.startswith(("val", "dev", "eval")):
-            if self.monitor not in trainer.callback_metrics:
-                raise missing_metric(self.monitor, trainer)
+        if self.monitor is None or not self.monitor.startswith(("val", "dev", "eval")):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise missing_metric(self.monitor, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metric, to see whether validation renews it."""

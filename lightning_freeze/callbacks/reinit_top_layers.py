@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
-from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks.freeze_backbone import whole
 from lightning_freeze.errors import ArgumentError

@@ -9,6 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
 from lightning_freeze.audit import (
     Declared,
     Finding,
@@ -20,7 +23,6 @@ from lightning_freeze.audit import (
     error_for,
 )
 from lightning_freeze.callbacks import _session
-from lightning_freeze.callbacks._compat import Callback, LightningModule, Trainer, TrainerFn
 from lightning_freeze.callbacks._freezing import start
 from lightning_freeze.callbacks.freeze_backbone import whole
 from lightning_freeze.callbacks.gradual_unfreeze import one_of
@@ -143,7 +145,8 @@ class TrainableParamAudit(Callback):
 
     def _declaration(self) -> Declared:
         session = self._session
-        assert session is not None and session.index is not None
+        assert session is not None
+        assert session.index is not None
         if not session.managed or session.applier is None:
             return Declared.by_flags(session.index)
         kept = {id(module) for module in session.applier.quiet}
@@ -264,7 +267,8 @@ class TrainableParamAudit(Callback):
             self._write(trainer)
 
     def _check(self, trainer: Trainer, *, flags: bool = True) -> None:
-        assert self._ledger is not None and self._session is not None
+        assert self._ledger is not None
+        assert self._session is not None
         optimizers = trainer.optimizers
         seen = [*self._queue, *self._ledger.check(optimizers, _averaging(trainer), flags=flags)]
         self._queue = []
@@ -279,7 +283,8 @@ class TrainableParamAudit(Callback):
         self._judge(trainer, seen)
 
     def _check_optimizers(self, trainer: Trainer) -> list[Seen]:
-        assert self._ledger is not None and self._session is not None
+        assert self._ledger is not None
+        assert self._session is not None
         index = self._ledger.index
         governed = frozenset().union(*(s.governed for s in self._session.schedules.values()))
 
@@ -361,8 +366,9 @@ class TrainableParamAudit(Callback):
         notes: list[str] = []
         if session is not None and session.applier is not None and session.applier.woken:
             woken = session.applier.woken
+            first = woken[0] or type(trainer.lightning_module).__name__
             notes.append(
-                f"{len(woken)} modules (from `{woken[0] or type(trainer.lightning_module).__name__}`"
+                f"{len(woken)} modules (from `{first}`"
                 " on) were in eval mode, as `from_pretrained` leaves them, although they train: "
                 "put in train mode."
             )
@@ -468,7 +474,7 @@ def _left_out(
 
 def _averaging(trainer: Trainer) -> str:
     """The name of a callback that averages weights, if there is one."""
-    for callback in trainer.callbacks:
+    for callback in _session.callbacks_of(trainer):
         for kind in type(callback).__mro__:
             if kind.__name__ in ("WeightAveraging", "StochasticWeightAveraging"):
                 return type(callback).__name__
