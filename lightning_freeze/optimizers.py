@@ -338,7 +338,8 @@ def _scaled_class(kind: Any) -> Any:
 
 def _scale(scheduler: Any) -> None:
     if "_user_class" not in vars(type(scheduler)):
-        scheduler.__class__ = _scaled_class(type(scheduler))
+        kind: Any = type(scheduler)
+        scheduler.__class__ = _scaled_class(kind)
     if hasattr(scheduler, "_last_lr"):
         scheduler._last_lr = [_copy(group["lr"]) for group in scheduler.optimizer.param_groups]
 

@@ -125,6 +125,8 @@ class GradualUnfreeze(FreezingCallback):
         self._clock = self._new_clock()
         self._fed = -1
         self._seen_before: Any = None
+        # a resume from a validation at an epoch's end runs that end again, without a batch
+        self._trained = False
 
     @property
     def state_key(self) -> str:
@@ -257,6 +259,13 @@ class GradualUnfreeze(FreezingCallback):
             kept = {name: saved[name] for name in ("best", "waited", "stage")}
             self._clock = replace(self._new_clock(), **kept)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Unfreeze what is due."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._trained = True
+
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first batch: a validation metric that validation doesn't log is a mistake."""
         if self.monitor is None or not self.monitor.startswith(("val", "dev", "eval")):
@@ -280,13 +289,15 @@ class GradualUnfreeze(FreezingCallback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read a training metric."""
-        if self.monitor is None or self._fed >= trainer.current_epoch or self._done():
+        epoch = trainer.current_epoch
+        if self.monitor is None or self._fed >= epoch or self._done():
             return
         value = trainer.callback_metrics.get(self.monitor)
         if value is not None:
             self._feed(trainer, value)
-        elif (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+        elif self._trained and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
             raise missing_metric(self.monitor, trainer)
+        self._trained = False
 
     def _done(self) -> bool:
         session = self._session

@@ -30,8 +30,7 @@ from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.layers import LayerGroup, discover
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.optimizers import learning_rates, whole_groups
 from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
 from lightning_freeze.timeline import Moment, plot_timeline
 
@@ -140,8 +139,7 @@ class TrainableParamAudit(Callback):
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
         self.groups = groups_or_children(session.index)
         self._declared = self._declaration()
-        if not session.managed:
-            self._omitted = _left_out(session.index, self.groups, trainer)
+        self._omitted = _left_out(session, self.groups, trainer)
 
     def _declaration(self) -> Declared:
         session = self._session
@@ -286,17 +284,12 @@ class TrainableParamAudit(Callback):
         assert self._ledger is not None
         assert self._session is not None
         index = self._ledger.index
-        governed = frozenset().union(*(s.governed for s in self._session.schedules.values()))
-
-        def expected(name: str) -> bool:
-            return name in governed if governed else name not in self._omitted
-
         return check_optimizers(
             index,
             [name for name, p in index.parameters.items() if p.requires_grad],
             trainer.optimizers,
             [config.scheduler for config in trainer.lr_scheduler_configs],
-            expected,
+            lambda name: name not in self._omitted,
         )
 
     def _not_moved(self, trainer: Trainer) -> list[Seen]:
@@ -455,21 +448,31 @@ class TrainableParamAudit(Callback):
 
 
 def _left_out(
-    index: ModelIndex, groups: tuple[LayerGroup, ...], trainer: Trainer
+    session: _session.Session, groups: tuple[LayerGroup, ...], trainer: Trainer
 ) -> frozenset[str]:
-    """What a user left out of the optimizers on purpose: whole layer groups below the head."""
-    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-    out = {
-        name
-        for name, parameter in index.parameters.items()
-        if parameter.requires_grad and id(parameter) not in held
-    }
-    try:
-        head = set(discover(index).head)
-    except DiscoveryError:
-        return frozenset(out)
-    whole_groups = [g for g in groups if out.issuperset(g.parameters)]
-    return frozenset(n for g in whole_groups for n in g.parameters if n not in head)
+    """What a user left out of the optimizers on purpose: frozen by omission.
+
+    Vectors (biases, norms) of a layer group of which something is held; and, where no callback
+    unfreezes, whole layer groups below the head, or anything if there is no telling the head.
+    """
+    assert session.index is not None
+    parameters = session.index.parameters
+    held = {id(p) for o in trainer.optimizers for params in whole_groups(o) for p in params}
+    out = {n for n, p in parameters.items() if p.requires_grad or session.managed}
+    out = {name for name in out if id(parameters[name]) not in held}
+    meant: set[str] = set()
+    for group in groups:
+        if not out.issuperset(group.parameters):
+            meant.update(n for n in group.parameters if n in out and parameters[n].ndim < 2)
+    if not session.managed:
+        try:
+            head = set(discover(session.index).head)
+        except DiscoveryError:
+            return frozenset(out)
+        for group in groups:
+            if out.issuperset(group.parameters):
+                meant.update(name for name in group.parameters if name not in head)
+    return frozenset(meant)
 
 
 def _averaging(trainer: Trainer) -> str:
