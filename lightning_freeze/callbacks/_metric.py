@@ -14,6 +14,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_freeze.callbacks._session import callbacks_of
 from lightning_freeze.errors import ArgumentError
 
+# methods that run before training and may hand `self` on for other reasons than logging
+_SETTING_UP = {"__init__", "setup", "configure_model", "configure_optimizers", "prepare_data"}
 _NOT_OURS = {"torch", "math", "np", "numpy", "logging", "logger", "log", "wandb"}
 
 
@@ -76,11 +78,12 @@ def _literal_names(owners: Iterable[Any]) -> set[str] | None:
 
 def _names_in(kind: type) -> set[str] | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
         return None
     names: set[str] = set()
-    for node in ast.walk(tree):
+    body = [item for item in tree.body[0].body if getattr(item, "name", "") not in _SETTING_UP]
+    for node in (inner for item in body for inner in ast.walk(item)):
         if not isinstance(node, ast.Call):
             continue
         arguments = [*node.args, *(keyword.value for keyword in node.keywords)]

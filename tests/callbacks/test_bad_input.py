@@ -1,0 +1,213 @@
+"""Bad input: an error that says what was asked, what exists and what to write; nothing changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from torch import nn
+
+from lightning_freeze import (
+    FreezeBackbone,
+    FreezeError,
+    GradualUnfreeze,
+    ReinitTopLayers,
+    TrainableParamAudit,
+)
+from tests.toys import Toy, changed, loader, seeded, state, trainable, trainer
+
+
+class Counts(Callback):
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+
+class NoBackbone(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.two(self.one(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+CASES: dict[str, tuple[Callable[[], list[Callback]], str]] = {
+    "selector without a match": (
+        lambda: [FreezeBackbone("backbnoe.*")],
+        r"No parameter matches `backbnoe\.\*`\. Top-level modules: backbone, head\. "
+        r"Did you mean `backbone\.\*`\?",
+    ),
+    "trainable without a match": (
+        lambda: [FreezeBackbone(trainable="**.LayerNorm")],
+        r"No parameter matches `\*\*\.LayerNorm`",
+    ),
+    "module without parameters": (
+        lambda: [FreezeBackbone("backbone.blocks.0.dropout")],
+        "has no parameters",
+    ),
+    "schedule that matches nothing": (
+        lambda: [GradualUnfreeze({0: "head", 1: "layer.11"})],
+        r"No parameter matches `layer\.11`",
+    ),
+    "schedule that names a group again": (
+        lambda: [GradualUnfreeze({0: "head", 1: "backbone.blocks", 2: "backbone.blocks.1"})],
+        r"unfreezes `backbone\.blocks\.1` at 2, but it trains since 1",
+    ),
+    "trainable_layers beyond the blocks": (
+        lambda: [FreezeBackbone(trainable_layers=4)],
+        r"`trainable_layers=4` is beyond the 3 blocks",
+    ),
+    "n_layers beyond the blocks": (
+        lambda: [ReinitTopLayers(4)],
+        r"`n_layers=4` is beyond the 3 blocks",
+    ),
+    "nothing left to train": (
+        lambda: [FreezeBackbone("**")],
+        "Nothing is left to train at the start",
+    ),
+    "nothing trains at epoch 0": (
+        lambda: [GradualUnfreeze({1: "head"})],
+        r"Nothing is left to train at the start.*name the head at 0",
+    ),
+    "contradicting callbacks": (
+        lambda: [FreezeBackbone(), GradualUnfreeze()],
+        "contradict each other",
+    ),
+    "contradicting selectors": (
+        lambda: [
+            FreezeBackbone(),
+            FreezeBackbone("backbone.embed", trainable="backbone.embed.bias"),
+        ],
+        "contradict each other",
+    ),
+    "a backbone that stays trainable": (
+        lambda: [FreezeBackbone(trainable="backbone")],
+        "freezes nothing",
+    ),
+    "metric that nothing logs": (
+        lambda: [GradualUnfreeze(monitor="val_los")],
+        r"`monitor='val_los'` (is never|was not) logged.*val_loss",
+    ),
+    "training metric that nothing logs": (
+        lambda: [GradualUnfreeze(monitor="accuracy")],
+        r"`monitor='accuracy'` is never logged.*train_loss",
+    ),
+    "good callback before a bad one": (
+        lambda: [ReinitTopLayers(1), FreezeBackbone(trainable_layers=9)],
+        "beyond the 3 blocks",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_before_the_first_batch_and_changes_nothing(case: str) -> None:
+    make, message = CASES[case]
+    model = seeded(Toy)
+    before = state(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    counts = Counts()
+    run = trainer(*make(), counts, TrainableParamAudit(table=False), epochs=1)
+    with pytest.raises(FreezeError, match=message):
+        run.fit(model, loader(), loader(seed=2))
+    assert counts.batches == 0
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert changed(before, state(model)) == set()
+    # control: the same model trains without the bad callback
+    trainer(epochs=1).fit(model, loader())
+    assert changed(before, state(model)) != set()
+
+
+def test_model_without_a_backbone_gets_the_candidates_and_the_line_to_write() -> None:
+    model = NoBackbone()
+    with pytest.raises(FreezeError, match=r'`one` \(Linear\).*FreezeBackbone\(backbone="one"\)'):
+        trainer(FreezeBackbone(), epochs=1).fit(model, loader())
+    assert len(trainable(model)) == 4
+    trainer(FreezeBackbone(backbone="one"), epochs=1).fit(model, loader())  # the line
+    assert trainable(model) == {"two.weight", "two.bias"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FreezeBackbone(trainable_layers=1.5), "`trainable_layers` is 1.5"),
+        (lambda: FreezeBackbone(unfreeze_at_epoch=0), "`unfreeze_at_epoch` is 0"),
+        (lambda: FreezeBackbone(lr_scale=0), "`lr_scale` is 0"),
+        (lambda: FreezeBackbone(backbone=[]), "`backbone` is empty"),
+        (lambda: FreezeBackbone(backbone="re:("), "not a regular expression"),
+        (lambda: FreezeBackbone(backbone=[3]), "A selector is"),
+        (lambda: GradualUnfreeze({-1: "head"}), "has the epoch -1"),
+        (lambda: GradualUnfreeze({"one": "head"}), "has the key 'one'"),
+        (lambda: GradualUnfreeze({}), "`schedule` is {}"),
+        (lambda: GradualUnfreeze({0: ["head", "head"]}), "names `head` twice at 0"),
+        (lambda: GradualUnfreeze({0: "head", 1: "head"}), "names `head` at 0 and 1"),
+        (lambda: GradualUnfreeze({0: {"thaw": "head"}}), "unknown key `thaw`"),
+        (lambda: GradualUnfreeze({0: {"unfreeze": "head", "lr_scale": -1}}), "lr_scale"),
+        (lambda: GradualUnfreeze("missing.yaml"), "`missing.yaml` can't be read"),
+        (lambda: GradualUnfreeze(3), "`schedule` is 3"),
+        (lambda: GradualUnfreeze(order="sideways"), "`order` is 'sideways'. Write \"top_down\""),
+        (lambda: GradualUnfreeze(every=0), "`every` is 0"),
+        (lambda: GradualUnfreeze(start=-1), "`start` is -1"),
+        (lambda: GradualUnfreeze(unit="batch"), "`unit` is 'batch'"),
+        (lambda: GradualUnfreeze(lr_decay=0), "`lr_decay` is 0"),
+        (lambda: GradualUnfreeze(patience=0), "`patience` is 0"),
+        (lambda: GradualUnfreeze(monitor="x", unit="step"), "once an epoch"),
+        (lambda: GradualUnfreeze(monitor="x", mode="lower"), "`mode` is 'lower'"),
+        (lambda: GradualUnfreeze(min_delta=-1), "`min_delta` is -1"),
+        (lambda: GradualUnfreeze(groups=[]), "`groups` is"),
+        (lambda: ReinitTopLayers(), "nothing to do"),
+        (lambda: ReinitTopLayers(-1), "`n_layers` is -1"),
+        (lambda: ReinitTopLayers(1, init="zeros"), "`init` is 'zeros'"),
+        (lambda: ReinitTopLayers(1, seed="x"), "`seed` is 'x'"),
+        (lambda: TrainableParamAudit(every="hour"), "`every` is 'hour'"),
+        (lambda: TrainableParamAudit(every=0), "`every` is 0"),
+        (lambda: TrainableParamAudit(on_violation="ignore"), "`on_violation` is 'ignore'"),
+        (lambda: TrainableParamAudit(dead_after=0), "`dead_after` is 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(make: Any, message: str) -> None:
+    with pytest.raises(FreezeError, match=message.replace("(", r"\(")):
+        make()
+
+
+def test_reinitialised_layers_that_never_train_are_warned_about() -> None:
+    run = trainer(ReinitTopLayers(1), FreezeBackbone(), epochs=1)
+    with pytest.warns(UserWarning, match="random values, but they stay frozen"):
+        run.fit(seeded(Toy), loader())
+
+
+class LogsByFormat(Toy):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for stage in ("val",):
+            self.log(f"{stage}_loss", self.loss(batch))
+
+
+def test_metric_whose_name_cannot_be_read_off_the_source_is_waited_for() -> None:
+    trainer(GradualUnfreeze(monitor="val_loss"), epochs=1).fit(
+        seeded(LogsByFormat), loader(), loader(seed=2)
+    )
+    run = trainer(GradualUnfreeze(monitor="val_los"), epochs=1, num_sanity_val_steps=1)
+    counts = Counts()
+    run.callbacks.append(counts)
+    with pytest.raises(FreezeError, match=r"was not logged. Metrics that exist: val_loss"):
+        run.fit(seeded(LogsByFormat), loader(), loader(seed=2))
+    assert counts.batches == 0
+    run = trainer(GradualUnfreeze(monitor="los"), epochs=2)
+    with pytest.raises(FreezeError, match="was not logged"):
+        run.fit(seeded(LogsByFormat), loader(), loader(seed=2))
+
+
+def test_validation_metric_without_validation_is_refused() -> None:
+    run = trainer(GradualUnfreeze(monitor="val_loss"), epochs=1, limit_val_batches=0)
+    with pytest.raises(FreezeError, match="this run has no validation"):
+        run.fit(seeded(LogsByFormat), loader())
