@@ -146,11 +146,13 @@ def test_alone_it_names_a_train_call_on_a_frozen_module() -> None:
 
 def test_stale_gradient_and_its_drift_are_named() -> None:
     class NoZeroing(Toy):
+        def on_train_start(self) -> None:
+            self.backbone.embed.weight.grad = torch.ones_like(self.backbone.embed.weight)
+
         def optimizer_zero_grad(self, *_: Any) -> None:
             pass
 
     model = seeded(lambda: NoZeroing(lambda m: torch.optim.SGD(m.parameters(), lr=0.1)))
-    model.loss(next(iter(loader()))).backward()
     model.backbone.requires_grad_(False)
     model.backbone.eval()
     audit = TrainableParamAudit(table=False, on_violation="warn")
