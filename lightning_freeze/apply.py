@@ -264,7 +264,8 @@ class Applier:
                 _mode_before.pop(module, None)
         self._quiet = quiet
         self.reassert()
-        self._guard([p for p in paths if not _parent_in(p, set(paths))])
+        known = set(paths)
+        self._guard([path for path in paths if not _parent_in(path, known)])
         return before != [self.index.parameters[name].requires_grad for name in names]
 
     def reassert(self) -> None:

@@ -47,11 +47,14 @@ def check_conflicts(
 def _check_pair(
     label: str, schedule: UnfreezeSchedule, other: str, blocker: UnfreezeSchedule
 ) -> None:
-    explicit = schedule.claimed & schedule.governed
-    asked = explicit or schedule.stages[-1].trainable - schedule.stages[0].trainable
-    blocked = asked & blocker.never
-    if blocked and (explicit or blocked == asked):
-        names = sorted(blocked)
+    """One stage that is blocked in part is a wish to keep that part frozen; in whole, a mistake."""
+    added = [schedule.stages[0].trainable & schedule.governed]
+    for earlier, later in zip(schedule.stages, schedule.stages[1:]):
+        added.append(later.trainable - earlier.trainable)
+    blocked = [bool(names) and names <= blocker.never for names in added]
+    every_later_one = len(blocked) > 1 and all(blocked[1:])
+    if blocked[0] or every_later_one or (schedule.claimed and any(blocked)):
+        names = sorted(frozenset().union(*(a for a, b in zip(added, blocked) if b)))
         raise ConflictError(
             f"{label} and {other} contradict each other: {label} is to train `{names[0]}`"
             f"{f' and {len(names) - 1} more' if names[1:] else ''}, which {other} freezes for the "

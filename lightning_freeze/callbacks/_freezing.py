@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
 from lightning_freeze.errors import ResumeError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.schedule import UnfreezeSchedule
 from lightning_freeze.selectors import Selector, describe
 
 
-class FreezingCallback(Callback):
+class FreezingCallback(_session.Freezing):
     """Takes part in the session of its trainer.
 
     It keeps no record of what is frozen: that is a function of its schedule and the clock.
@@ -23,14 +21,6 @@ class FreezingCallback(Callback):
     def __init__(self) -> None:
         self._session: _session.Session | None = None
         self._loaded: dict[str, Any] | None = None
-
-    def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
-        """The schedule for a model; raises where the arguments don't fit it."""
-        raise NotImplementedError
-
-    def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
-        """The number of the stage at an epoch and an optimizer step."""
-        return schedule.stage_at(epoch, step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""

@@ -8,7 +8,7 @@ callbacks doesn't matter, and an epoch start that Lightning skips after a resume
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,14 +24,16 @@ from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
 
-class Freezing(Protocol):
+class Freezing(Callback):
     """What a session needs of a callback that freezes."""
 
-    def resolve(self, index: ModelIndex, trainer: Trainer) -> UnfreezeSchedule:
-        """Its schedule for a model. Pure: raises on bad arguments, changes nothing."""
+    def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
+        """The schedule for a model. Pure: raises where the arguments don't fit, changes nothing."""
+        raise NotImplementedError
 
     def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
-        """Its stage now."""
+        """The number of the stage at an epoch and an optimizer step."""
+        return schedule.stage_at(epoch, step)
 
 
 class Session:
@@ -97,8 +99,8 @@ class Session:
             )
 
     def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
-        listed = [cb for cb in callbacks_of(trainer) if hasattr(cb, "resolve")]
-        schedules = {cb: found for cb in listed if (found := cb.resolve(index, trainer))}
+        freezing = [cb for cb in callbacks_of(trainer) if isinstance(cb, Freezing)]
+        schedules = {cb: cb.resolve(index, trainer) for cb in freezing}
         self._before = apply.frozen_by_user(index)
         if schedules:
             trains = [n for n, p in index.parameters.items() if apply.can_train(p)]
@@ -182,11 +184,13 @@ class Session:
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
         used: dict[str, int] = {}
+        frozen = [
+            schedule.plan(number).frozen
+            for schedule in self.schedules.values()
+            for number in range(len(schedule.stages))
+        ]
         for name in self.index.parameters:
-            history = tuple(
-                tuple(name in schedule.plan(i).frozen for i in range(len(schedule.stages)))
-                for schedule in self.schedules.values()
-            )
+            history = tuple(name in names for names in frozen)
             labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]
             shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
             key = (*labels, history, name in self._before)

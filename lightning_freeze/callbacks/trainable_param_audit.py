@@ -12,20 +12,12 @@ from typing import Any, Union
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_freeze.audit import (
-    Declared,
-    Finding,
-    GradientWatch,
-    Ledger,
-    Seen,
-    check_optimizers,
-    check_ranks,
-    error_for,
-)
+from lightning_freeze.audit import Declared, Finding, Ledger, Seen, error_for
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import start
 from lightning_freeze.callbacks.freeze_backbone import whole
 from lightning_freeze.callbacks.gradual_unfreeze import one_of
+from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.fingerprint import fingerprint
@@ -215,7 +207,7 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """See who has a gradient."""
         dead = self._watch.before_step(optimizer)
-        for group, names in self._by_group(dead).items():
+        for group, names in (self._by_group(dead) if dead else {}).items():
             shown = names[0] if len(names) == 1 else f"{len(names)} tensors of `{group}`"
             self._queue.append(
                 Seen(
