@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_freeze.apply import is_batch_norm, quiet_modules
+from lightning_freeze.apply import quiet_modules
+from lightning_freeze.causes import holder_of, why_buffer_changed, why_changed
 from lightning_freeze.errors import AuditError, FrozenWeightsChanged
 from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.plan import FreezePlan
 
 CODES = (
@@ -123,9 +124,13 @@ class _Baseline:
     version: int
 
 
-@dataclass
 class Ledger:
     """What a model was declared to be and what its frozen tensors were, to compare with.
+
+    Attributes:
+        model: the model.
+        index: its names when the ledger was made.
+        declared: what holds now; what `requires_grad` says where nothing was declared.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -138,17 +143,12 @@ class Ledger:
         ['frozen-changed']
     """
 
-    model: nn.Module
-    declared: Declared = field(default_factory=lambda: Declared(frozenset()))
-    index: ModelIndex = field(init=False)
-    _params: dict[str, _Baseline] = field(init=False, default_factory=dict)
-    _buffers: dict[str, _Baseline] = field(init=False, default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.index = ModelIndex.of(self.model)
-        if not self.declared.frozen and not self.declared.still:
-            self.declared = Declared.by_flags(self.index)
-        self.declare(self.declared)
+    def __init__(self, model: nn.Module, declared: Declared | None = None) -> None:
+        self.model = model
+        self.index = ModelIndex.of(model)
+        self._params: dict[str, _Baseline] = {}
+        self._buffers: dict[str, _Baseline] = {}
+        self.declare(Declared.by_flags(self.index) if declared is None else declared)
 
     def declare(self, declared: Declared) -> None:
         """Take over a new declaration; what stays frozen keeps its older baseline."""
@@ -197,9 +197,10 @@ class Ledger:
         for name, base in self._params.items():
             parameter = now.parameters.get(now.canonical.get(name, ""))
             if parameter is not None and fingerprint(parameter) != base.digest:
-                causes.setdefault(_why(parameter, base, optimizers, averaging), []).append(name)
+                why = why_changed(parameter, base.version, optimizers, averaging)
+                causes.setdefault(why, []).append(name)
         return [
-            Seen("frozen-changed", tuple(names), f"{_list(names)} changed although frozen", *why)
+            Seen("frozen-changed", tuple(names), f"{some(names)} changed although frozen", *why)
             for why, names in causes.items()
         ]
 
@@ -211,20 +212,13 @@ class Ledger:
             if buffer is None or fingerprint(buffer) == base.digest:
                 continue
             module = now.modules[now.owner(name)]
-            why = ("Some code wrote to it.", "Find what writes to this buffer and stop it.")
-            if is_batch_norm(module) and module.training:
-                why = (
-                    "Its batch-norm is in train mode, and `requires_grad=False` doesn't stop "
-                    "running statistics.",
-                    "Put it in eval mode on every epoch, as `FreezeBackbone` does, or say "
-                    "`train_bn=True`.",
-                )
+            why = why_buffer_changed(module)
             causes.setdefault(why, []).append(name)
         return [
             Seen(
                 "frozen-buffer-changed",
                 tuple(names),
-                f"the buffers {_list(names)} of frozen modules changed",
+                f"the buffers {some(names)} of frozen modules changed",
                 *why,
             )
             for why, names in causes.items()
@@ -257,7 +251,7 @@ class Ledger:
             Seen(
                 "flag-changed",
                 tuple(names),
-                f"{_list(names)} {what}",
+                f"{some(names)} {what}",
                 f"Other code {did}.",
                 "Let one place decide: name it in `trainable`, `backbone` or the schedule.",
             )
@@ -274,7 +268,7 @@ class Ledger:
             Seen(
                 "mode-changed",
                 tuple(tops),
-                f"{_list(tops)} left eval mode although frozen",
+                f"{some(tops)} left eval mode although frozen",
                 "Some code called `train()` on it or on a module around it.",
                 "Use `FreezeBackbone` or `GradualUnfreeze`, which put it back, or call `eval()` "
                 "on it in `on_train_epoch_start`.",
@@ -312,7 +306,7 @@ class Ledger:
             Seen(
                 "parameter-replaced",
                 tuple(gone),
-                f"{_list(gone)} is another Parameter object than at fit start, or gone",
+                f"{some(gone)} is another Parameter object than at fit start, or gone",
                 "It was assigned anew, or its module was replaced; optimizers still hold the old "
                 "one.",
                 "Write into it (`copy_`) instead of assigning, or do it before the fit.",
@@ -325,7 +319,7 @@ class Ledger:
             parameter = now.parameters.get(now.canonical.get(name, ""))
             if parameter is None:
                 continue
-            holder = _holder(parameter, optimizers)
+            holder = holder_of(parameter, optimizers)
             if parameter.grad is not None and not parameter.requires_grad:
                 grads.append(name)
             if holder and any(parameter in o.state and o.state[parameter] for o in optimizers):
@@ -336,7 +330,7 @@ class Ledger:
                 Seen(
                     "stale-gradient",
                     tuple(grads),
-                    f"{_list(grads)} is frozen but has a gradient",
+                    f"{some(grads)} is frozen but has a gradient",
                     "It was frozen after a backward pass; an optimizer that holds it steps it.",
                     "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does.",
                 )
@@ -346,7 +340,7 @@ class Ledger:
                 Seen(
                     "stale-optimizer-state",
                     tuple(states),
-                    f"{_list(states)} is frozen but an optimizer holds it with momentum",
+                    f"{some(states)} is frozen but an optimizer holds it with momentum",
                     "It trained before it was frozen, and stayed in its parameter group.",
                     "Remove it from the group and from `optimizer.state`, as `FreezeBackbone` "
                     "does.",
@@ -368,184 +362,6 @@ def _buffers(index: ModelIndex, paths: Iterable[str]) -> Iterator[tuple[str, Ten
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
-
-
-def _holder(parameter: Tensor, optimizers: Iterable[Optimizer]) -> str:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(p is parameter for p in group["params"]):
-                return type(optimizer).__name__
-    return ""
-
-
-def _why(
-    parameter: nn.Parameter, base: _Baseline, optimizers: Sequence[Optimizer], averaging: str
-) -> tuple[str, str]:
-    """The cause and the fix for a frozen parameter that changed, by looking at it."""
-    holder = _holder(parameter, optimizers)
-    if parameter.requires_grad:
-        stepped = f", and {holder} holds it" if holder else ""
-        return (
-            f"`requires_grad` is True: other code turned it on{stepped}.",
-            "Find what sets `requires_grad` and leave that to one callback.",
-        )
-    if holder and parameter.grad is not None:
-        return (
-            f"{holder} holds it and it has a stale gradient, which each step applies.",
-            "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does.",
-        )
-    if holder:
-        return (
-            f"{holder} holds it: weight decay and momentum move what has no gradient, too.",
-            "Leave frozen parameters out of the optimizer, as `FreezeBackbone` does.",
-        )
-    if averaging:
-        return (
-            f"`{averaging}` averages weights and writes the average back, rounded.",
-            "Leave the frozen parameters out of the average, or accept changes in the last bit.",
-        )
-    if parameter._version == base.version:
-        return (
-            "No optimizer holds it and its version didn't change: it was written through `.data` "
-            "or from outside of autograd.",
-            "Find code that writes `.data` of this tensor.",
-        )
-    return (
-        "No optimizer holds it: it was written in place by other code.",
-        "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
-    )
-
-
-def check_optimizers(
-    index: ModelIndex,
-    trainable: Iterable[str],
-    optimizers: Sequence[Optimizer],
-    schedulers: Iterable[Any],
-    expected: Callable[[str], bool] = lambda name: True,
-) -> list[Seen]:
-    """What trains but can't: nothing trainable, in no optimizer; scheduler lists that don't fit.
-
-    Args:
-        index: the model.
-        trainable: names that are declared to train now.
-        optimizers: of the trainer.
-        schedulers: of the trainer.
-        expected: whether a name's absence from the optimizers is a fault; parameters may be left
-            out on purpose.
-    """
-    seen: list[Seen] = []
-    names = list(trainable)
-    if not names:
-        seen.append(
-            Seen(
-                "nothing-trainable",
-                (),
-                "nothing in the model trains",
-                "Every parameter is frozen.",
-                "Leave at least the head trainable.",
-            )
-        )
-    held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    missing = [n for n in names if id(index.parameters[n]) not in held and expected(n)]
-    if missing and optimizers:
-        seen.append(
-            Seen(
-                "not-in-optimizer",
-                tuple(missing),
-                f"{_list(missing)} should train but is in no optimizer",
-                "`configure_optimizers` leaves it out.",
-                "Give the optimizer all parameters that will ever train.",
-            )
-        )
-    for scheduler in schedulers:
-        optimizer = getattr(scheduler, "optimizer", None)
-        lists = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "min_lrs", None)
-        size = len(lists or ())
-        if optimizer is not None and size and size != len(optimizer.param_groups):
-            kind = type(scheduler).__name__
-            seen.append(
-                Seen(
-                    "scheduler-mismatch",
-                    (kind,),
-                    f"{kind} knows {size} parameter groups, its optimizer has "
-                    f"{len(optimizer.param_groups)}",
-                    "A group was added or removed after the scheduler was made.",
-                    "Don't call `add_param_group` during a fit.",
-                )
-            )
-    return seen
-
-
-def check_ranks(digests: Sequence[Mapping[str, str]]) -> list[Seen]:
-    """Compare fingerprints of the same names across ranks, given in the order of ranks."""
-    different = [
-        name
-        for name in digests[0]
-        if any(other.get(name) != digests[0][name] for other in digests[1:])
-    ]
-    if not different:
-        return []
-    ranks = [
-        str(rank)
-        for rank, other in enumerate(digests)
-        if any(other.get(name) != digests[0][name] for name in different)
-    ]
-    return [
-        Seen(
-            "rank-mismatch",
-            tuple(different),
-            f"{_list(different)} differ between rank 0 and rank {', '.join(ranks)}",
-            "The replicas have drifted apart: a gradient wasn't averaged, or one rank wrote alone.",
-            "Change the trainable set through these callbacks alone; they re-wrap the model.",
-        )
-    ]
-
-
-@dataclass
-class GradientWatch:
-    """Which parameters that train have had a gradient, and how long the others have waited.
-
-    It costs nothing once each has had one.
-
-    Attributes:
-        dead_after: optimizer steps without a gradient after which one counts as dead.
-    """
-
-    dead_after: int
-    _waiting: dict[str, list[Any]] = field(default_factory=dict)
-    _alive: set[str] = field(default_factory=set)
-
-    def arm(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Watch these from now on; what had a gradient before isn't waited for again."""
-        self._alive.intersection_update(parameters)
-        self._waiting = {
-            name: self._waiting.get(name) or [parameter, 0]
-            for name, parameter in parameters.items()
-            if name not in self._alive
-        }
-
-    def before_step(self, optimizer: Optimizer) -> list[str]:
-        """Look at the gradients before a step; returns who has just been found dead."""
-        if not self._waiting:
-            return []
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        dead = []
-        for name, entry in list(self._waiting.items()):
-            if id(entry[0]) not in held:
-                continue
-            if entry[0].grad is not None:
-                self._alive.add(name)
-                del self._waiting[name]
-            else:
-                entry[1] += 1
-                if entry[1] == self.dead_after:
-                    dead.append(name)
-        return dead
-
-    @property
-    def alive(self) -> frozenset[str]:
-        """Names that have had a gradient since they began to train."""
-        return frozenset(self._alive)
 
 
 @contextmanager
@@ -575,15 +391,12 @@ written through `.data` or from outside of autograd. Find code that writes `.dat
     """
     ledger = Ledger(model)
     yield
+    frozen = {n for n, first in ledger.index.canonical.items() if first in ledger.declared.frozen}
     findings = [
         seen.at(0, 0, 0)
         for seen in ledger.check(flags=False)
-        if seen.code in (*_CHANGED, "parameter-replaced", "tie-split")
+        if seen.code in _CHANGED
+        or (seen.code in ("parameter-replaced", "tie-split") and frozen.intersection(seen.names))
     ]
     if findings:
         raise FrozenWeightsChanged("\n".join(map(str, findings)), findings)
-
-
-def _list(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -8,6 +8,7 @@ from typing import Union, overload
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.names import clean
@@ -34,7 +35,7 @@ def fingerprint(item: Union[Tensor, nn.Module]) -> Union[str, dict[str, str]]:
         tied names included.
 
     Raises:
-        ArgumentError: a tensor has no bytes (meta, fake) or isn't dense.
+        ArgumentError: a tensor has no bytes (meta, fake, lazy) or isn't dense.
 
     Example:
         >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2))
@@ -61,6 +62,11 @@ def fingerprint(item: Union[Tensor, nn.Module]) -> Union[str, dict[str, str]]:
 
 
 def _digest(tensor: Tensor, name: str) -> str:
+    if is_lazy(tensor):
+        raise ArgumentError(
+            f"`{name}` belongs to a lazy module that has seen no input: it has no shape yet. Call "
+            "`forward` once first."
+        )
     local = getattr(tensor, "to_local", None)
     tensor = (local() if callable(local) else tensor).detach()
     if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":

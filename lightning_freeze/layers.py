@@ -18,13 +18,23 @@ from typing import Any
 
 from torch import nn
 
+from lightning_freeze.blocks import (
+    AUXILIARY,
+    HEADS,
+    blocks_of,
+    homogeneous_lists,
+    kind_of,
+    longest_list,
+    sequential,
+)
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.selectors import Selectors, as_selectors, select
 
-_HEADS = ("classifier", "fc", "heads", "head")
 # parts that stand above the blocks although some models register them first
-_ABOVE = re.compile(r"^(?!.*emb).*(pooler|(^|\.)(final|last|post|top)_|(^|\.)(ln_f|norm)(\.|$))")
+_ABOVE = re.compile(
+    r"^(?!.*emb).*(pooler|(^|\.)(final|last|post|top)_|(^|\.)(ln_f|norm|project_out)(\.|$))"
+)
 # and parts that belong to the input although some models register them last
 _BELOW = re.compile(r"emb|relative_attention_bias")
 
@@ -144,8 +154,18 @@ def _by_patterns(index: ModelIndex, patterns: Sequence[Selectors]) -> tuple[Laye
         elif not remaining:
             current = len(names)
         members[current].append(name)
-    labelled = zip(("bottom", *names, "head"), members.values())
+    labelled = zip(_unique(("bottom", *names, "head")), members.values())
     return tuple(LayerGroup(label, tuple(found)) for label, found in labelled if found)
+
+
+def _unique(labels: Iterable[str]) -> list[str]:
+    """Number the repeated ones: two lambdas, or a user's `head` below what is left over."""
+    seen: dict[str, int] = {}
+    found = []
+    for label in labels:
+        seen[label] = seen.get(label, 0) + 1
+        found.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return found
 
 
 def _label(pattern: Selectors) -> str:
@@ -203,6 +223,10 @@ def _anatomy(
     starts = [min(order[name] for name in block.parameters) for block in kept]
     ends = [max(order[name] for name in block.parameters) for block in kept]
     base = _common(backbone)
+
+    def blocks_after(name: str) -> list[str]:
+        return [block.name for block, start in zip(kept, starts) if start > order[name]]
+
     for name in backbone:
         if name in seen:
             continue
@@ -212,6 +236,8 @@ def _anatomy(
             (above if _ABOVE.search(inner) else stem).append(name)
         elif order[name] > max(ends):
             (stem if _BELOW.search(inner) else above).append(name)
+        elif _BELOW.search(inner) and not _shares_top(inner, blocks_after(name), base):
+            stem.append(name)  # an encoder's input, registered after its layers
         else:
             extra.setdefault(max(below), []).append(name)
     final = tuple(
@@ -220,6 +246,12 @@ def _anatomy(
     )
     bottom = LayerGroup(_stem_name(index, stem), tuple(stem)) if stem else None
     return Anatomy(rule, bottom, final, tuple(above), head)
+
+
+def _shares_top(inner: str, blocks: Iterable[str], base: str) -> bool:
+    """Whether a part and any of some blocks are in the same child of the backbone."""
+    top = inner.split(".")[0]
+    return any(block.removeprefix(base + ".").split(".")[0] == top for block in blocks)
 
 
 def _as_groups(index: ModelIndex, blocks: Sequence[tuple[str, ...]]) -> list[LayerGroup]:
@@ -247,7 +279,16 @@ def _stem_name(index: ModelIndex, names: Sequence[str]) -> str:
     if base and set(index.within(index.modules[base])) == set(names):
         return base
     prefix = base + "." if base else ""
-    parts = dict.fromkeys(name.removeprefix(prefix).split(".")[0] for name in names)
+    members = set(names)
+    parts: dict[str, None] = {}
+    for name in names:
+        part = ""
+        for component in name.removeprefix(prefix).split("."):
+            part = f"{part}.{component}" if part else component
+            module = index.modules.get(prefix + part)
+            if module is not None and members.issuperset(index.within(module)):
+                break
+        parts[part] = None
     return prefix + "+".join(parts)
 
 
@@ -257,13 +298,15 @@ def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anato
         module = index.modules.get(path)
         if module is None:
             continue
+        if attribute == "feature_extractor" and kind_of(index.modules[root]):
+            continue  # a speech model's own convolutions are no more than its first layers
         core = index.within(module)
         around = index.within(index.modules[root])
         if core and len(core) < len(around):
             rule = f"the attribute `{path}`"
             inner = [(p, k) for p, k in _zoo_models(index) if p == path or p.startswith(path + ".")]
-            blocks = _blocks(index, inner[0][0], inner[0][1]) if len(inner) == 1 else []
-            blocks = blocks or _longest_list(index, path) or _sequential(index, path)
+            blocks = blocks_of(index, inner[0][0], inner[0][1]) if len(inner) == 1 else []
+            blocks = blocks or longest_list(index, path) or sequential(index, path)
             return _anatomy(index, rule, core, _as_groups(index, blocks))
     return None
 
@@ -274,30 +317,10 @@ def _zoo_models(index: ModelIndex) -> list[tuple[str, str]]:
     for path, module in sorted(index.modules.items(), key=lambda item: item[0].count(".")):
         if any(path == p or p == "" or path.startswith(p + ".") for p, _ in found):
             continue
-        kind = _kind(module)
+        kind = kind_of(module)
         if kind and index.within(module):
             found.append((path, kind))
     return found
-
-
-def _kind(module: nn.Module) -> str | None:
-    if callable(getattr(module, "group_matcher", None)) and callable(
-        getattr(module, "get_classifier", None)
-    ):
-        return "timm"
-    if hasattr(type(module), "base_model_prefix") and hasattr(type(module), "base_model"):
-        return "transformers"
-    children = dict(module.named_children())
-    if any(name in children for name in _HEADS):
-        layered = {"layer1", "layer2"} <= children.keys()
-        layered = layered or hasattr(children.get("encoder"), "layers")
-        if "features" in children or layered or _from_torchvision(module):
-            return "torchvision"
-    return None
-
-
-def _from_torchvision(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torchvision.models")
 
 
 def _in_zoo_model(index: ModelIndex, path: str, kind: str) -> Anatomy:
@@ -305,121 +328,38 @@ def _in_zoo_model(index: ModelIndex, path: str, kind: str) -> Anatomy:
     everything = index.within(module)
     if kind == "transformers":
         base = module.base_model
-        core = index.within(base) if id(base) in index._paths else everything
-        rule = f"transformers' `base_model` (`{index.path(base)}`)"
-        blocks = _blocks(index, index.path(base), kind)
-        return _anatomy(index, rule, core, _as_groups(index, blocks))
+        inside = index.path(base)
+        rule = f"transformers' `base_model` (`{inside or type(base).__name__}`)"
+        blocks = blocks_of(index, inside, kind)
+        layers = getattr(module.config, "num_hidden_layers", None)
+        if hasattr(module.config, "num_hidden_groups") and len(blocks) != layers:
+            rule += f", whose {layers} layers share the weights of {len(blocks)}"
+        return _anatomy(index, rule, index.within(base), _as_groups(index, blocks))
     if kind == "timm":
-        heads = module.get_classifier()
-        parts = heads if isinstance(heads, (tuple, list)) else [heads]
-        head = {name for part in parts for name in index.within(part)}
+        found = module.get_classifier()
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        heads = [part for part in parts if isinstance(part, nn.Module)]
+        head = {name for part in heads for name in index.within(part)}
         rule = f"timm's `get_classifier()` on `{path or type(module).__name__}`"
     else:
-        attribute = next(a for a in _HEADS if a in dict(module.named_children()))
-        head = set(index.within(getattr(module, attribute)))
+        children = dict(module.named_children())
+        attribute = next(name for name in HEADS if name in children)
+        tops = [attribute, *(name for name in AUXILIARY if name in children)]
+        head = {name for top in tops for name in index.within(children[top])}
         rule = f"torchvision's `{attribute}` on `{path or type(module).__name__}`"
     core = tuple(name for name in everything if name not in head)
-    return _anatomy(index, rule, core, _as_groups(index, _blocks(index, path, kind)))
-
-
-def _blocks(index: ModelIndex, path: str, kind: str) -> list[tuple[str, ...]]:
-    """The repeated layers of a model from a library, each as a tuple of module paths."""
-    module: Any = index.modules[path]
-    if kind == "timm":
-        for name in ("blocks", "layers", "stages"):
-            if isinstance(getattr(module, name, None), (nn.Sequential, nn.ModuleList)):
-                return _sequential(index, f"{path}.{name}" if path else name)
-    if kind == "transformers":
-        found = _outermost(index, path, lambda m: _is_a(m, "GradientCheckpointingLayer"))
-        recorded = getattr(module, "_can_record_outputs", None) or {}
-        layer = recorded.get("hidden_states") if isinstance(recorded, dict) else None
-        if not found and isinstance(layer, type):
-            found = _outermost(index, path, lambda m: isinstance(m, layer))
-        if found:
-            return [(name,) for name in found]
-    prefix = path + "." if path else ""
-    if kind in ("torchvision", "timm"):
-        if prefix + "features" in index.modules:
-            return _sequential(index, prefix + "features")
-        if prefix + "encoder.layers" in index.modules:
-            return _sequential(index, prefix + "encoder.layers")
-        stages = [p for p, _ in index.children(path) if re.search(r"(^|\.)layer\d+$", p)]
-        if stages:
-            return [(stage,) for stage in stages]
-    return _longest_list(index, path)
-
-
-def _is_a(module: nn.Module, name: str) -> bool:
-    return any(base.__name__ == name for base in type(module).__mro__)
-
-
-def _outermost(index: ModelIndex, path: str, wanted: Any) -> list[str]:
-    """Paths under `path` of the outermost modules that `wanted` accepts, shared ones once."""
-    found: list[str] = []
-    seen: set[int] = set()
-    prefix = path + "." if path else ""
-    for name, module in index.modules.items():
-        if not name.startswith(prefix) or name == path or not index.within(module):
-            continue
-        if any(name.startswith(outer + ".") for outer in found[-1:]):
-            continue
-        if wanted(module) and id(module) not in seen:
-            seen.add(id(module))
-            found.append(name)
-    return found
-
-
-def _sequential(index: ModelIndex, path: str) -> list[tuple[str, ...]]:
-    """The children of a container as blocks; a normalisation goes with the layer before it."""
-    while len(index.children(path)) == 1 and not _is_leaf(index, index.children(path)[0][0]):
-        path = index.children(path)[0][0]
-    blocks: list[tuple[str, ...]] = []
-    for child, module in index.children(path):
-        if blocks and "Norm" in type(module).__name__:
-            blocks[-1] += (child,)
-        else:
-            blocks.append((child,))
-    return blocks
-
-
-def _is_leaf(index: ModelIndex, path: str) -> bool:
-    return not index.children(path)
-
-
-def _longest_list(index: ModelIndex, path: str) -> list[tuple[str, ...]]:
-    lists = _homogeneous_lists(index, path)
-    if not lists:
-        return []
-    best = max(
-        lists,
-        key=lambda name: (len(index.children(name)), len(index.within(index.modules[name]))),
-    )
-    return [(child,) for child, _ in index.children(best)]
-
-
-def _homogeneous_lists(index: ModelIndex, path: str) -> list[str]:
-    """Outermost ModuleLists and Sequentials under `path` whose members are all of one class."""
-
-    def homogeneous(module: nn.Module) -> bool:
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)):
-            return False
-        kinds = {type(child) for child in module}
-        return len(module) > 1 and len(kinds) == 1 and all(index.within(m) for m in module)
-
-    found = _outermost(index, path, homogeneous)
-    here = index.modules[path]
-    return [path, *found] if homogeneous(here) else found
+    return _anatomy(index, rule, core, _as_groups(index, blocks_of(index, path, kind)))
 
 
 def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
     module = index.modules[root]
     if isinstance(module, nn.Sequential) and len(index.children(root)) > 1:
-        blocks = _sequential(index, root)
+        blocks = sequential(index, root)
         core = [n for paths in blocks[:-1] for p in paths for n in index.within(index.modules[p])]
         if blocks[:-1]:
-            rule = f"the layers of the Sequential `{root}`"
+            rule = f"the order of the Sequential `{root or type(module).__name__}`"
             return _anatomy(index, rule, core, _as_groups(index, blocks[:-1]))
-    blocks = _longest_list(index, root)
+    blocks = longest_list(index, root)
     if not blocks:
         return None
     order = {name: i for i, name in enumerate(index.parameters)}
@@ -447,7 +387,7 @@ def backbone_at(index: ModelIndex, selectors: Selectors) -> Anatomy:
     if not found:
         for path, module in index.modules.items():
             if index.within(module) == core:
-                paths = _longest_list(index, path) or _sequential(index, path)
+                paths = longest_list(index, path) or sequential(index, path)
                 found = _as_groups(index, paths)
                 break
     return _anatomy(index, rule, core, found)
@@ -455,7 +395,7 @@ def backbone_at(index: ModelIndex, selectors: Selectors) -> Anatomy:
 
 def _not_found(index: ModelIndex) -> DiscoveryError:
     children = [f"`{name}` ({type(m).__name__})" for name, m in index.children("")]
-    lists = [f"`{name}`" for name in _homogeneous_lists(index, "")]
+    lists = [f"`{name}`" for name in homogeneous_lists(index, "")]
     names = [name for name, _ in index.children("")] or ["encoder"]
     listed = f"Lists of like modules: {', '.join(lists)}. " if lists else ""
     return DiscoveryError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,6 +18,23 @@ def clean(name: str) -> str:
     'model.layer.1.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside of torch.compile's and FSDP's wrappers; any other as it is."""
+    while inside := [child for key, child in module._modules.items() if key in _WRAPPERS]:
+        module = inside[0]  # type: ignore[assignment]
+    return module
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """Names for a message, the first few of them.
+
+    >>> some(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -98,11 +115,11 @@ class ModelIndex:
 
     def within(self, module: nn.Module) -> tuple[str, ...]:
         """Canonical names of the parameters in a module's subtree."""
-        return self._own[id(module)]
+        return self._own[id(unwrap(module))]
 
     def path(self, module: nn.Module) -> str:
         """The first name of a module of this model."""
-        return self._paths[id(module)]
+        return self._paths[id(unwrap(module))]
 
     @cached_property
     def _paths(self) -> dict[int, str]:

@@ -24,7 +24,8 @@ class PreviewRow:
         trainable: elements that train.
         gradient_bytes: memory of their gradients.
         optimizer_bytes: memory of two moments each (Adam, AdamW).
-        lr_scale: layer group -> factor on the user's learning rate, of what trains.
+        lr_scale: layer group -> factor on the user's learning rate, of what trains in it; the
+            largest if there are several.
         reached: whether a run of the given length gets there.
     """
 
@@ -81,9 +82,7 @@ class SchedulePreview:
                     gradient_bytes=size,
                     optimizer_bytes=2 * size,
                     lr_scale={
-                        g.name: schedule.lr_scale.get(
-                            next(n for n in g.parameters if n in now), 1.0
-                        )
+                        g.name: max(schedule.lr_scale.get(n, 1.0) for n in g.parameters if n in now)
                         for g in groups
                         if now & set(g.parameters)
                     },
@@ -147,11 +146,13 @@ class SchedulePreview:
             for row in self.rows
             if row.reached
         ]
+        # how many steps a run has isn't known here: the last stage is drawn like the one before
+        gap = moments[-1].epoch - moments[-2].epoch if len(moments) > 1 else 1
         return plot_timeline(
             moments,
             self.groups,
             path,
-            end=self.max_epochs if self.unit == "epoch" else None,
+            end=self.max_epochs if self.unit == "epoch" else moments[-1].epoch + gap,
             title="Which layers will train when",
             unit={"metric": "stage"}.get(self.unit, self.unit),
             colour="factor on the learning rate",

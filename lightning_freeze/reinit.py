@@ -81,6 +81,10 @@ def reinit_names(
             raise ReinitError(f"`{name}` is on the meta device. Load the weights first.")
     kept = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     before = {name: fingerprint(tensor) for name, tensor in kept.items()}
+    owners = {id(m): m for m in (index.modules[index.owner(name)] for name in chosen)}
+    buffers = [
+        (b, b.clone()) for m in owners.values() for b in m._buffers.values() if b is not None
+    ]
     try:
         with torch.no_grad(), _seeded(seed, chosen.values()):
             if callable(init):
@@ -101,6 +105,8 @@ def reinit_names(
         with torch.no_grad():
             for name, tensor in kept.items():
                 chosen[name].copy_(tensor)
+            for buffer, value in buffers:
+                buffer.copy_(value)
         raise
 
 
@@ -188,9 +194,25 @@ def _kept(module: nn.Module, marked: set[int]) -> Iterator[None]:
     for buffer in module.buffers():
         if id(buffer) not in spared:
             kept.append((buffer, buffer.clone()))
-    yield
-    for tensor, value in kept:
-        tensor.data.copy_(value)
+    registered = [(part, dict(part._parameters)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for tensor, value in kept:
+            tensor.data.copy_(value)
+        for part, before in registered:
+            _put_back(part, before, marked)
+
+
+def _put_back(module: nn.Module, before: dict[str, Any], marked: set[int]) -> None:
+    """Undo that an init function made new Parameters, and keep the values it gave them."""
+    for name, parameter in before.items():
+        new = module._parameters.get(name)
+        if parameter is None or new is parameter:
+            continue
+        if id(parameter) in marked and new is not None and new.shape == parameter.shape:
+            parameter.data.copy_(new.data)
+        module._parameters[name] = parameter
 
 
 @contextmanager

@@ -213,7 +213,8 @@ def to_text(table: Any, width: int = 110) -> str:
     from rich.console import Console
 
     stream = io.StringIO()
-    Console(file=stream, width=width, color_system=None, emoji=False).print(table)
+    # names are names: `layer.[ab]` isn't a style
+    Console(file=stream, width=width, color_system=None, emoji=False, markup=False).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
 
 

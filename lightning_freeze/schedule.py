@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -149,17 +150,38 @@ def _read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
     except OSError as error:
         raise ScheduleError(
             f"The schedule file `{path}` can't be read: {error.strerror or error}. {_HOW}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"The schedule file `{path}` is not YAML: {error}. {_HOW}") from error
+        raise ScheduleError(
+            f"The schedule file `{path}` is not valid YAML: {error}. {_HOW}"
+        ) from error
+
+
+def _strict_loader() -> Any:
+    """YAML's safe loader, which would let a key that stands twice win in silence, made to raise."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: list[Any] = []  # not a set: a key may be a list, which YAML itself refuses
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.append(key)
+            return super().construct_mapping(node, deep)
+
+    return Loader
 
 
 def _whole(key: Any, origin: str) -> int:
-    if isinstance(key, str) and key.strip().lstrip("-").isdigit():
+    if isinstance(key, str) and re.fullmatch(r"\s*-?[0-9]+\s*", key):
         key = int(key)
     if isinstance(key, bool) or not isinstance(key, int):
         raise ScheduleError(f"{origin} has the key {key!r}, which is not an epoch. {_HOW}")
@@ -171,7 +193,7 @@ def _whole(key: Any, origin: str) -> int:
 def _entry(at: int, value: Any, origin: str) -> Entry:
     scale: Any = 1.0
     if isinstance(value, Mapping):
-        unknown = sorted(set(value) - {"unfreeze", "lr_scale"})
+        unknown = sorted(map(str, set(value) - {"unfreeze", "lr_scale"}))
         if unknown or "unfreeze" not in value:
             wrong = f"the unknown key `{unknown[0]}`" if unknown else "no key `unfreeze`"
             raise ScheduleError(f"{origin} has {wrong} at epoch {at}. {_HOW}")
@@ -186,6 +208,15 @@ def _entry(at: int, value: Any, origin: str) -> Entry:
     valid = isinstance(value, Sequence) and value
     if not valid or not all((isinstance(s, str) and s.strip()) or callable(s) for s in value):
         raise ScheduleError(f"{origin} has {value!r} at epoch {at}. {_HOW}")
+    for selector in value:
+        if isinstance(selector, str) and selector.startswith("re:"):
+            try:
+                re.compile(selector[3:])
+            except re.error as error:
+                raise ScheduleError(
+                    f"{origin} has `{selector}` at epoch {at}, which is not a regular "
+                    f"expression: {error}."
+                ) from error
     return Entry(at, tuple(value), factor)
 
 
@@ -223,7 +254,7 @@ def from_entries(
         for selector in entry.selectors:
             chosen = set(select(selector))
             if chosen <= since.keys():
-                at, by = since[next(iter(chosen))]
+                at, by = since[min(chosen)]
                 raise ScheduleError(
                     f"`schedule` unfreezes `{selector}` at {entry.at}, but it trains since {at} "
                     f"(`{by}`). Schedules are cumulative: name each layer group once."

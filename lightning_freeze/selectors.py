@@ -16,7 +16,7 @@ from typing import Any, Union
 from torch import nn
 
 from lightning_freeze.errors import ArgumentError, SelectorError
-from lightning_freeze.names import ModelIndex, clean
+from lightning_freeze.names import ModelIndex, clean, some
 
 Selector = Union[str, Callable[[str, nn.Parameter], bool]]
 Selectors = Union[Selector, Iterable[Selector]]
@@ -132,9 +132,16 @@ def _compile(selector: str) -> re.Pattern[str]:
             body += r"(?:[^.]+\.)*"
         else:
             pieces = re.split(r"(\*|\?|\[[^\]]+\])", part)
-            body += "".join(_GLOB.get(p) or (p if p[:1] == "[" else re.escape(p)) for p in pieces)
+            body += "".join(_GLOB.get(piece) or _piece(piece) for piece in pieces)
             body += r"\."
     return re.compile(body)
+
+
+def _piece(piece: str) -> str:
+    """A character class of a glob, where `!` negates, or plain text."""
+    if not piece.startswith("["):
+        return re.escape(piece)
+    return "[^" + piece[2:] if piece[1] == "!" else piece
 
 
 def _match_path(index: ModelIndex, selector: str) -> list[str]:
@@ -157,7 +164,7 @@ def _match_path(index: ModelIndex, selector: str) -> list[str]:
     if len(by_anchor) > 1:
         places = [f"{anchor}.{selector}" for anchor in by_anchor]
         raise SelectorError(
-            f"`{selector}` stands at {len(places)} places: {_some(places)}. Write one of them, "
+            f"`{selector}` stands at {len(places)} places: {some(places, 5)}. Write one of them, "
             f"or `**.{selector}` for all."
         )
     return next(iter(by_anchor.values()), [])
@@ -171,7 +178,7 @@ def _nothing(index: ModelIndex, selector: str) -> SelectorError:
     ]
     if empty:
         return SelectorError(
-            f"`{selector}` matches the module {_some(empty)}, which has no parameters: there is "
+            f"`{selector}` matches the module {some(empty, 5)}, which has no parameters: there is "
             "nothing to freeze or train in it."
         )
     message = f"No parameter matches `{selector}`. {_what_exists(index, selector)}"
@@ -184,7 +191,7 @@ def _nothing(index: ModelIndex, selector: str) -> SelectorError:
 def _top_level(index: ModelIndex) -> str:
     names = [name for root in index.roots for name, _ in index.children(root)]
     listed = [n for n in names if not any(other.startswith(n + ".") for other in names)]
-    return f"Top-level modules: {_some(listed, 12)}."
+    return f"Top-level modules: {some(listed, 12)}."
 
 
 def _what_exists(index: ModelIndex, selector: str) -> str:
@@ -196,7 +203,7 @@ def _what_exists(index: ModelIndex, selector: str) -> str:
             if name == prefix or name.endswith("." + prefix):
                 inside = [child.rpartition(".")[2] for child, _ in index.children(name)]
                 if inside:
-                    return f"`{name}` has: {_some(inside, 12)}."
+                    return f"`{name}` has: {some(inside, 12)}."
     return _top_level(index)
 
 
@@ -207,7 +214,7 @@ def _closest(index: ModelIndex, selector: str) -> list[str]:
         if part in known or any(c in part for c in "*?["):
             near = [part]
         else:
-            near = difflib.get_close_matches(part, sorted(known - {""}), n=2, cutoff=0.5)
+            near = difflib.get_close_matches(part, sorted(known - {""}), n=2, cutoff=0.6)
         options = [[*option, name] for option in options for name in near][:8]
     found = []
     for option in options:
@@ -220,8 +227,3 @@ def _closest(index: ModelIndex, selector: str) -> list[str]:
             if hits:
                 found.append(candidate)
     return found[:2]
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -11,6 +11,8 @@ from typing import Any, Union
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.report import write_whole
 
+_FROZEN = "#e4e4e4"
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -75,25 +77,22 @@ def plot_timeline(
     from matplotlib import colormaps
 
     colours = colormaps["viridis_r"]
+
+    def shade(lr: float | None) -> Any:
+        return _FROZEN if lr is None else colours(0.12 + 0.88 * float(scale(lr or low)))
+
+    spans = [(left, right - left) for left, right in zip(starts, ends)]
     for row, group in enumerate(groups):
-        for moment, left, right in zip(moments, starts, ends):
-            lr = moment.lr.get(group)
-            frozen = lr is None
-            axes.barh(
-                row,
-                right - left,
-                left=left,
-                height=0.82,
-                color="#e4e4e4" if frozen else colours(0.12 + 0.88 * float(scale(lr or low))),
-                linewidth=0,
-            )
-    for boundary in sorted({m.epoch for m in moments} - {0}):
+        shades = [shade(moment.lr.get(group)) for moment in moments]
+        axes.broken_barh(spans, (row - 0.41, 0.82), facecolors=shades, linewidth=0)
+    for boundary in _boundaries(moments, starts):
         axes.axvline(boundary, color="white", linewidth=0.8)
     axes.set_yticks(range(len(groups)), [_short(group) for group in groups], fontsize=8)
     axes.set_xlim(0, last)
     axes.set_ylim(-0.6, len(groups) - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(unit)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel(unit, fontsize=8)
     axes.set_title(title, loc="left", fontsize=10)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -113,17 +112,28 @@ def _colour_bar(figure: Any, axes: Any, scale: Any, colours: Any, label: str) ->
     from matplotlib.patches import Patch
 
     used = ListedColormap([colours(0.12 + 0.88 * i / 255) for i in range(256)])
-    bar = figure.colorbar(ScalarMappable(scale, used), ax=axes, pad=0.02, aspect=25)
+    # as wide in a high picture as in a low one
+    aspect = (figure.get_figheight() - 1) / 0.08
+    bar = figure.colorbar(ScalarMappable(scale, used), ax=axes, pad=0.02, aspect=aspect)
     bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)
+    bar.ax.tick_params(labelsize=7, which="both")
     bar.outline.set_visible(False)
     axes.legend(
-        handles=[Patch(facecolor="#e4e4e4", label="frozen")],
+        handles=[Patch(facecolor=_FROZEN, label="frozen")],
         loc="lower right",
         bbox_to_anchor=(1.01, 0.99),
         fontsize=7,
         frameon=False,
     )
+
+
+def _boundaries(moments: Sequence[Moment], starts: Sequence[float]) -> list[float]:
+    """Where to draw a line: between epochs, or in a long run only where who trains changes."""
+    epochs = sorted({moment.epoch for moment in moments} - {0})
+    if len(epochs) <= 40:
+        return [float(epoch) for epoch in epochs]
+    who = [{group for group, lr in moment.lr.items() if lr is not None} for moment in moments]
+    return [start for start, a, b in zip(starts[1:], who, who[1:]) if a != b]
 
 
 def _starts(moments: Sequence[Moment]) -> list[float]:

@@ -10,6 +10,11 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from hypothesis import settings
+
+# machines are slow and shared, and a test run leaves no files behind
+settings.register_profile("quiet", deadline=None, database=None, max_examples=50)
+settings.load_profile("quiet")
 
 _torchvision_operators = []
 
