@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.apply import quiet_modules
-from lightning_freeze.causes import holder_of, why_buffer_changed, why_changed
+from lightning_freeze.causes import why_buffer_changed, why_changed
 from lightning_freeze.errors import AuditError, FrozenWeightsChanged
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex, some
@@ -315,14 +315,14 @@ class Ledger:
 
     def _stale(self, now: ModelIndex, optimizers: Sequence[Optimizer]) -> list[Seen]:
         grads, states = [], []
+        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
         for name in self._params:
             parameter = now.parameters.get(now.canonical.get(name, ""))
             if parameter is None:
                 continue
-            holder = holder_of(parameter, optimizers)
             if parameter.grad is not None and not parameter.requires_grad:
                 grads.append(name)
-            if holder and any(parameter in o.state and o.state[parameter] for o in optimizers):
+            if id(parameter) in held and any(o.state.get(parameter) for o in optimizers):
                 states.append(name)
         seen = []
         if grads:

@@ -22,8 +22,8 @@ def clean(name: str) -> str:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile's and FSDP's wrappers; any other as it is."""
-    while inside := [child for key, child in module._modules.items() if key in _WRAPPERS]:
-        module = inside[0]  # type: ignore[assignment]
+    while inside := _WRAPPERS.intersection(module._modules):
+        module = module.get_submodule(min(inside))
     return module
 
 

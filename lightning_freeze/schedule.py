@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
+from lightning_freeze.arguments import positive
 from lightning_freeze.errors import ArgumentError, ScheduleError
 from lightning_freeze.plan import FreezePlan
 
@@ -218,16 +219,6 @@ def _entry(at: int, value: Any, origin: str) -> Entry:
                     f"expression: {error}."
                 ) from error
     return Entry(at, tuple(value), factor)
-
-
-def positive(value: Any, argument: str) -> float:
-    """A finite factor above 0, or an `ArgumentError` that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
-        raise ArgumentError(
-            f"`{argument}` is {value!r}. It is a factor on the learning rate and must be above 0; "
-            "to keep something from training, don't unfreeze it."
-        )
-    return float(value)
 
 
 def from_entries(

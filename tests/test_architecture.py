@@ -113,17 +113,7 @@ def test_no_module_imports_a_model_library_at_all(path: Path) -> None:
     assert not roots(tree_of(path)) & {"transformers", "timm", "torchvision"}
 
 
-LONG = pytest.mark.xfail(strict=True, reason="to be split: what is recorded, what is judged")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=LONG if path.name == "trainable_param_audit.py" else ())
-        for path in SOURCES
-    ],
-    ids=name_of,
-)
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_no_file_is_longer_than_a_reader_can_hold_in_mind(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 

@@ -6,13 +6,14 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.arguments import positive, whole
 from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
 from lightning_freeze.errors import ArgumentError, ConflictError
 from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.report import groups_or_children
-from lightning_freeze.schedule import Stage, UnfreezeSchedule, positive
+from lightning_freeze.schedule import Stage, UnfreezeSchedule
 from lightning_freeze.selectors import as_selectors, select
 
 
@@ -150,15 +151,3 @@ def _range(blocks: tuple[LayerGroup, ...]) -> str:
     if len(blocks) < 2:
         return blocks[0].name if blocks else "none"
     return f"{blocks[0].name} ... {blocks[-1].name}"
-
-
-def whole(value: object, argument: str, least: int | None) -> int:
-    """A whole number, or an `ArgumentError` that names the argument."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or (least is not None and value < least)
-    ):
-        span = "" if least is None else f" from {least}"
-        raise ArgumentError(f"`{argument}` is {value!r}. Write a whole number{span}.")
-    return value

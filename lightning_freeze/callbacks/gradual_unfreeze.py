@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.arguments import one_of, positive, whole
 from lightning_freeze.callbacks._freezing import FreezingCallback
 from lightning_freeze.callbacks._metric import check_can_be_logged, missing_metric
-from lightning_freeze.callbacks.freeze_backbone import whole
 from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
 from lightning_freeze.layers import LayerGroup, groups_of
@@ -27,7 +27,6 @@ from lightning_freeze.schedule import (
     from_entries,
     from_groups,
     parse_schedule,
-    positive,
 )
 from lightning_freeze.selectors import Selector, describe, select
 
@@ -312,11 +311,3 @@ class GradualUnfreeze(FreezingCallback):
         # one value for all ranks, so that none moves alone
         values = from_all_ranks(float(value))
         self._clock = self._clock.feed(sum(values) / len(values))
-
-
-def one_of(value: str, argument: str, options: tuple[str, ...]) -> str:
-    """One of some words, or an `ArgumentError` that names the argument."""
-    if value not in options:
-        listed = " or ".join(f'"{option}"' for option in options)
-        raise ArgumentError(f"`{argument}` is {value!r}. Write {listed}.")
-    return value

@@ -8,9 +8,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_freeze.arguments import whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import key_of
-from lightning_freeze.callbacks.freeze_backbone import whole
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import discover
 from lightning_freeze.names import ModelIndex

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_freeze.arguments import one_of, whole
 from lightning_freeze.audit import Declared, Finding, Ledger, Seen, error_for
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import start
-from lightning_freeze.callbacks.freeze_backbone import whole
-from lightning_freeze.callbacks.gradual_unfreeze import one_of
 from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
 from lightning_freeze.distributed import from_all_ranks, rank
-from lightning_freeze.errors import ArgumentError, DiscoveryError
+from lightning_freeze.errors import ArgumentError
 from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.layers import LayerGroup, discover
-from lightning_freeze.optimizers import learning_rates, whole_groups
+from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.record import Record
 from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
-from lightning_freeze.timeline import Moment, plot_timeline
+from lightning_freeze.timeline import Moment
+from lightning_freeze.unfrozen import left_out, not_moved, without_gradient
 
 
 class TrainableParamAudit(Callback):
@@ -85,20 +83,37 @@ class TrainableParamAudit(Callback):
         self._reset()
 
     def _reset(self) -> None:
-        self.findings: list[Finding] = []
-        self.moments: list[Moment] = []
-        self.groups: tuple[LayerGroup, ...] = ()
-        self.checks = 0
+        self._record = Record()
         self._session: _session.Session | None = None
         self._ledger: Ledger | None = None
         self._declared = Declared(frozenset())
         self._omitted: frozenset[str] = frozenset()
         self._watch = GradientWatch(self.dead_after)
-        self._start: dict[str, tuple[str, int]] = {}
+        self._began: dict[str, tuple[str, int]] = {}
         self._queue: list[Seen] = []
         self._last_step = 0
-        self._resumed: dict[str, Any] = {}
-        self._epochs = 0.0
+        self._resumed: dict[str, str] = {}
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the audit saw in the last fit."""
+        return self._record.findings
+
+    @property
+    def moments(self) -> list[Moment]:
+        """Who trained when in the last fit, at which learning rate."""
+        return self._record.moments
+
+    @property
+    def verdict(self) -> str:
+        """The result of the last fit in one or two sentences."""
+        return self._current().verdict
+
+    def _current(self) -> Record:
+        if self._ledger is not None:
+            self._record.frozen = self._ledger.digests()
+            self._record.alive = len(self._watch.alive)
+        return self._record
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new record."""
@@ -113,15 +128,19 @@ class TrainableParamAudit(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
             self._resumed = dict(state.get("frozen", {}))
-            self.moments = [Moment(**moment) for moment in state.get("moments", ())]
-            self.checks = state.get("checks", 0)
+            self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
+            self._record.checks = state.get("checks", 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprints of what is frozen, and the record so far."""
         if self._ledger is None:
             return {}
-        moments = [moment.to_dict() for moment in self.moments]
-        return {"frozen": self._ledger.digests(), "moments": moments, "checks": self.checks}
+        record = self._record
+        return {
+            "frozen": self._ledger.digests(),
+            "moments": [moment.to_dict() for moment in record.moments],
+            "checks": record.checks,
+        }
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""
@@ -129,9 +148,11 @@ class TrainableParamAudit(Callback):
         if session is None or session.index is None:
             return
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
-        self.groups = groups_or_children(session.index)
+        self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
-        self._omitted = _left_out(session, self.groups, trainer)
+        self._omitted = left_out(
+            session.index, self._record.groups, trainer.optimizers, managed=session.managed
+        )
 
     def _declaration(self) -> Declared:
         session = self._session
@@ -161,7 +182,7 @@ class TrainableParamAudit(Callback):
                 )
             )
         self._arm(trainer)
-        self._record(trainer)
+        self._take_down(trainer)
         self._show(trainer)
         self._log(trainer)
         self._check(trainer)
@@ -177,8 +198,8 @@ class TrainableParamAudit(Callback):
             if name not in self._ledger.declared.frozen and id(parameter) in held
         }
         self._watch.arm(trains)
-        self._start = {
-            name: self._start.get(name) or (fingerprint(parameter), trainer.global_step)
+        self._began = {
+            name: self._began.get(name) or (fingerprint(parameter), trainer.global_step)
             for name, parameter in trains.items()
         }
 
@@ -192,7 +213,7 @@ class TrainableParamAudit(Callback):
         self._declared = self._declaration()
         self._ledger.declare(self._declared)
         self._arm(trainer)
-        self._record(trainer)
+        self._take_down(trainer)
         self._show(trainer)
         self._log(trainer)
 
@@ -200,26 +221,15 @@ class TrainableParamAudit(Callback):
         """Take down the learning rates."""
         if self._session is not None and self._ledger is not None:
             self._session.tick(trainer)
-            self._record(trainer)
+            self._take_down(trainer)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         """See who has a gradient."""
         dead = self._watch.before_step(optimizer)
-        for group, names in (self._by_group(dead) if dead else {}).items():
-            shown = names[0] if len(names) == 1 else f"{len(names)} tensors of `{group}`"
-            self._queue.append(
-                Seen(
-                    "no-gradient",
-                    names,
-                    f"{shown} had no gradient for {self.dead_after} optimizer steps although "
-                    "trainable",
-                    "The loss doesn't depend on it, or its forward runs under `no_grad`.",
-                    "Use its output in the loss, or freeze it; raise `dead_after` if it is used "
-                    "rarely.",
-                )
-            )
+        if dead:
+            self._queue += without_gradient(self._record.groups, dead, self.dead_after)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -235,7 +245,7 @@ class TrainableParamAudit(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, and see who never moved."""
         if self._ledger is not None:
-            self._epochs = trainer.current_epoch + 1.0
+            self._record.epochs = trainer.current_epoch + 1.0
             self._queue += self._not_moved(trainer)
             self._check(trainer)
 
@@ -268,7 +278,7 @@ class TrainableParamAudit(Callback):
             now = self._ledger.index.parameters
             digests = from_all_ranks({name: fingerprint(p) for name, p in now.items()})
             seen += check_ranks(digests) if rank() == 0 else []
-        self.checks += 1
+        self._record.checks += 1
         self._last_step = trainer.global_step
         self._judge(trainer, seen)
 
@@ -285,34 +295,16 @@ class TrainableParamAudit(Callback):
         )
 
     def _not_moved(self, trainer: Trainer) -> list[Seen]:
-        """Layer groups of which nothing has moved although everything had gradients."""
         assert self._ledger is not None
-        parameters = self._ledger.index.parameters
-        lrs = learning_rates(self._ledger.index, trainer.optimizers)
-        seen = []
-        alive = [name for name in self._start if name in self._watch.alive]
-        for group, names in self._by_group(alive).items():
-            late = any(
-                trainer.global_step - self._start[name][1] < self.dead_after or not lrs.get(name)
-                for name in names
-            )
-            if late or any(fingerprint(parameters[n]) != self._start[n][0] for n in names):
-                continue
-            seen.append(
-                Seen(
-                    "not-updated",
-                    names,
-                    f"`{group}` has gradients, but none of its {len(names)} tensors has moved",
-                    "Its updates are zero or too small for its precision.",
-                    "Raise its learning rate, or look for code that zeroes its gradients.",
-                )
-            )
-        return seen
-
-    def _by_group(self, names: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        chosen = set(names)
-        found = {g.name: tuple(n for n in g.parameters if n in chosen) for g in self.groups}
-        return {group: members for group, members in found.items() if members}
+        index = self._ledger.index
+        return not_moved(
+            self._record.groups,
+            index.parameters,
+            {name: self._began[name] for name in self._began if name in self._watch.alive},
+            learning_rates(index, trainer.optimizers),
+            trainer.global_step,
+            self.dead_after,
+        )
 
     def _judge(self, trainer: Trainer, seen: list[Seen]) -> None:
         """Keep what is new, and raise or warn: all ranks together."""
@@ -323,30 +315,26 @@ class TrainableParamAudit(Callback):
             if (finding.code, finding.names) not in known:
                 known.add((finding.code, finding.names))
                 new.append(finding)
-        self.findings += new
+        self._record.findings += new
         if new and self.on_violation == "raise":
             raise error_for(new)
         for finding in new if trainer.is_global_zero else ():
             warnings.warn(str(finding), stacklevel=2)
 
-    def _record(self, trainer: Trainer) -> None:
+    def _take_down(self, trainer: Trainer) -> None:
         assert self._ledger is not None
         lrs = learning_rates(self._ledger.index, trainer.optimizers)
         frozen = self._ledger.declared.frozen
         now: dict[str, float | None] = {}
-        for group in self.groups:
+        for group in self._record.groups:
             trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
             now[group.name] = max(trains) if trains else None
-        moment = Moment(trainer.current_epoch, trainer.global_step, now)
-        if self.moments and self.moments[-1].step == moment.step:
-            self.moments[-1] = replace(moment, epoch=moment.epoch)
-        else:
-            self.moments.append(moment)
+        self._record.add(Moment(trainer.current_epoch, trainer.global_step, now))
 
     def summary(self, trainer: Trainer, title: str = "") -> Summary:
         """Who trains now, as a `Summary`."""
         assert self._ledger is not None
-        rows = rows_of(self._ledger.index, self.groups, trainer.optimizers)
+        rows = rows_of(self._ledger.index, self._record.groups, trainer.optimizers)
         session = self._session
         notes: list[str] = []
         if session is not None and session.applier is not None and session.applier.woken:
@@ -379,24 +367,6 @@ class TrainableParamAudit(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    @property
-    def verdict(self) -> str:
-        """The result of the last fit in one or two sentences."""
-        if self._ledger is None:
-            return "Audit: no fit yet."
-        if self.findings:
-            codes = ", ".join(sorted({finding.code for finding in self.findings}))
-            return f"Audit: {len(self.findings)} findings ({codes}) in {self.checks} checks."
-        frozen = self._ledger.tensors
-        moved = len(self._watch.alive)
-        still = (
-            f"{frozen} frozen tensors unchanged to the bit" if frozen else "nothing is frozen now"
-        )
-        return (
-            f"Audit: clean in {self.checks} checks. At the end {still}; {moved} trainable tensors "
-            "had gradients."
-        )
-
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
         import lightning
@@ -404,22 +374,12 @@ class TrainableParamAudit(Callback):
 
         from lightning_freeze import __version__
 
-        frozen = self._ledger.digests() if self._ledger is not None else {}
-        return {
-            "format": 1,
-            "verdict": self.verdict,
-            "clean": not self.findings,
-            "checks": self.checks,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "layer_groups": [group.name for group in self.groups],
-            "moments": [moment.to_dict() for moment in self.moments],
-            "frozen": frozen,
-            "versions": {
-                "lightning_freeze": __version__,
-                "torch": torch.__version__,
-                "lightning": lightning.__version__,
-            },
+        versions = {
+            "lightning_freeze": __version__,
+            "torch": str(torch.__version__),
+            "lightning": lightning.__version__,
         }
+        return self._current().to_dict(versions)
 
     def _write(self, trainer: Trainer) -> None:
         if self.report is not None and trainer.is_global_zero:
@@ -434,37 +394,7 @@ class TrainableParamAudit(Callback):
         Returns:
             The matplotlib figure.
         """
-        names = [group.name for group in self.groups]
-        target = None if path is None else Path(path)
-        return plot_timeline(self.moments, names, target, end=self._epochs or None)
-
-
-def _left_out(
-    session: _session.Session, groups: tuple[LayerGroup, ...], trainer: Trainer
-) -> frozenset[str]:
-    """What a user left out of the optimizers on purpose: frozen by omission.
-
-    Vectors (biases, norms) of a layer group of which something is held; and, where no callback
-    unfreezes, whole layer groups below the head, or anything if there is no telling the head.
-    """
-    assert session.index is not None
-    parameters = session.index.parameters
-    held = {id(p) for o in trainer.optimizers for params in whole_groups(o) for p in params}
-    out = {n for n, p in parameters.items() if p.requires_grad or session.managed}
-    out = {name for name in out if id(parameters[name]) not in held}
-    meant: set[str] = set()
-    for group in groups:
-        if not out.issuperset(group.parameters):
-            meant.update(n for n in group.parameters if n in out and parameters[n].ndim < 2)
-    if not session.managed:
-        try:
-            head = set(discover(session.index).head)
-        except DiscoveryError:
-            return frozenset(out)
-        for group in groups:
-            if out.issuperset(group.parameters):
-                meant.update(name for name in group.parameters if name not in head)
-    return frozenset(meant)
+        return self._record.plot(None if path is None else Path(path))
 
 
 def _averaging(trainer: Trainer) -> str:

@@ -120,7 +120,7 @@ def test_alone_it_guards_a_freeze_written_by_hand() -> None:
     model.backbone.eval()
     trainer(audit, epochs=2).fit(model, loader(), loader(seed=2))
     assert audit.findings == []
-    assert "12 frozen" in audit.verdict or "frozen tensors unchanged" in audit.verdict
+    assert "frozen tensors are unchanged to the bit" in audit.verdict
     audit, model = by_hand()
     model.backbone.eval()
     run = trainer(Sabotage(write_data), audit, epochs=2)

@@ -1,0 +1,37 @@
+"""Arguments that are wrong by themselves: an error that names them, at construction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_freeze.errors import ArgumentError
+
+
+def whole(value: object, argument: str, least: int | None) -> int:
+    """A whole number, or an `ArgumentError` that names the argument."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or (least is not None and value < least)
+    ):
+        span = "" if least is None else f" from {least}"
+        raise ArgumentError(f"`{argument}` is {value!r}. Write a whole number{span}.")
+    return value
+
+
+def one_of(value: str, argument: str, options: tuple[str, ...]) -> str:
+    """One of some words, or an `ArgumentError` that names the argument."""
+    if value not in options:
+        listed = " or ".join(f'"{option}"' for option in options)
+        raise ArgumentError(f"`{argument}` is {value!r}. Write {listed}.")
+    return value
+
+
+def positive(value: Any, argument: str) -> float:
+    """A finite factor above 0, or an `ArgumentError` that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e9:
+        raise ArgumentError(
+            f"`{argument}` is {value!r}. It is a factor on the learning rate and must be above 0; "
+            "to keep something from training, don't unfreeze it."
+        )
+    return float(value)
