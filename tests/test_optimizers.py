@@ -180,6 +180,8 @@ def test_several_optimizers_are_split_each() -> None:
 def test_a_tensor_lr_is_not_shared_between_groups() -> None:
     model = toy()
     optimizer = AdamW(model.parameters(), lr=torch.tensor(0.8), foreach=False)
+    split(model, optimizer)
+    assert len({g["lr"].data_ptr() for g in optimizer.param_groups}) == 3
     split(model, optimizer, lr_scale=DECAY)
     lrs = [g["lr"] for g in optimizer.param_groups]
     assert [round(float(lr), 6) for lr in lrs] == [0.2, 0.4, 0.8]
