@@ -161,12 +161,13 @@ def _by_model(index: ModelIndex, chosen: dict[str, nn.Parameter]) -> None:
     with ExitStack() as stack:
         for path in paths:
             stack.enter_context(_kept(index.modules[path], marked))
-        inside = [path for path in paths if _pretrained(index, path) is not None]
-        for path in sorted(set(paths) - set(inside), key=_depth, reverse=True):
+        inside = {path: None for path in paths if _pretrained(index, path) is not None}
+        outside = [path for path in paths if path not in inside]
+        for path in sorted(outside, key=_depth, reverse=True):
             _reset(index.modules[path])()
         if inside:
-            stack.enter_context(_transformers_marks(index, inside, marked))
-            for path in _innermost_first(index, inside):
+            stack.enter_context(_transformers_marks(index, list(inside), marked))
+            for path in _innermost_first(index, list(inside)):
                 _pretrained(index, path)._init_weights(index.modules[path])
     skipped = [n for n, p in chosen.items() if p.is_floating_point() and bool(p.isnan().any())]
     if skipped:
@@ -250,13 +251,13 @@ def _innermost_first(index: ModelIndex, paths: list[str]) -> list[str]:
     GPT-2 scales a projection from the attention module around it. Only where init functions
     heed the mark (transformers 5) may the modules around be asked.
     """
-    wanted = set(paths)
+    wanted = dict.fromkeys(paths)  # in model order: a seed gives the same draws in any process
     if "transformers.initialization" in sys.modules:
         for path in paths:
             root = _pretrained(index, path)
             while index.modules[path] is not root:
                 path = path.rpartition(".")[0]
-                wanted.add(path)
+                wanted[path] = None
     return sorted(wanted, key=_depth, reverse=True)
 
 

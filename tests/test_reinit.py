@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import resources
 from typing import Any
@@ -462,3 +465,28 @@ def test_half_precision_is_kept() -> None:
     reinit(model, "bert.encoder.layer.2.output.dense.weight", seed=11)
     assert changed(model, before) == {"bert.encoder.layer.2.output.dense.weight"}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+SAME_VALUES = """
+import torch
+from torch import nn
+from lightning_freeze import fingerprint, reinit
+torch.manual_seed(0)
+model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+reinit(model, "**", seed=7)
+print(fingerprint(model[5].weight))
+"""
+
+
+def test_a_seed_gives_the_same_values_in_every_process() -> None:
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", SAME_VALUES],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(printed) == 1
