@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -40,6 +40,17 @@ class Record:
             self.moments[-1] = moment
         else:
             self.moments.append(moment)
+
+    def peak(self, lr: Mapping[str, float | None]) -> None:
+        """Raise the learning rates of the last moment: a warm-up begins at zero."""
+        if not self.moments:
+            return
+        last = self.moments[-1]
+        higher = {
+            group: None if old is None else max(old, lr.get(group) or 0.0)
+            for group, old in last.lr.items()
+        }
+        self.moments[-1] = replace(last, lr=higher)
 
     @property
     def verdict(self) -> str:

@@ -21,7 +21,8 @@ class Moment:
     Attributes:
         epoch: counted from 0.
         step: optimizer steps so far.
-        lr: layer group -> learning rate of what trains in it; None where nothing does.
+        lr: layer group -> highest learning rate of what trains in it, at the moment or at the
+            end of its epoch; None where nothing trains.
     """
 
     epoch: int

@@ -246,6 +246,7 @@ class TrainableParamAudit(Callback):
         """Check, and see who never moved."""
         if self._ledger is not None:
             self._record.epochs = trainer.current_epoch + 1.0
+            self._record.peak(self._group_lrs(trainer))
             self._queue += self._not_moved(trainer)
             self._check(trainer)
 
@@ -322,6 +323,10 @@ class TrainableParamAudit(Callback):
             warnings.warn(str(finding), stacklevel=2)
 
     def _take_down(self, trainer: Trainer) -> None:
+        lrs = self._group_lrs(trainer)
+        self._record.add(Moment(trainer.current_epoch, trainer.global_step, lrs))
+
+    def _group_lrs(self, trainer: Trainer) -> dict[str, float | None]:
         assert self._ledger is not None
         lrs = learning_rates(self._ledger.index, trainer.optimizers)
         frozen = self._ledger.declared.frozen
@@ -329,16 +334,16 @@ class TrainableParamAudit(Callback):
         for group in self._record.groups:
             trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
             now[group.name] = max(trains) if trains else None
-        self._record.add(Moment(trainer.current_epoch, trainer.global_step, now))
-
+        return now
     def summary(self, trainer: Trainer, title: str = "") -> Summary:
         """Who trains now, as a `Summary`."""
         assert self._ledger is not None
         rows = rows_of(self._ledger.index, self._record.groups, trainer.optimizers)
         session = self._session
         notes: list[str] = []
-        if session is not None and session.applier is not None and session.applier.woken:
-            woken = session.applier.woken
+        applier = None if session is None else session.applier
+        if applier is not None and applier.woken and not trainer.global_step:
+            woken = applier.woken
             first = woken[0] or type(trainer.lightning_module).__name__
             notes.append(
                 f"{len(woken)} modules (from `{first}`"
