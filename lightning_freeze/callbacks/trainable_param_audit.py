@@ -335,6 +335,7 @@ class TrainableParamAudit(Callback):
             trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
             now[group.name] = max(trains) if trains else None
         return now
+
     def summary(self, trainer: Trainer, title: str = "") -> Summary:
         """Who trains now, as a `Summary`."""
         assert self._ledger is not None
