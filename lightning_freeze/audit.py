@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,77 +12,12 @@ from torch.optim import Optimizer
 from lightning_freeze.apply import quiet_modules
 from lightning_freeze.causes import why_buffer_changed, why_changed
 from lightning_freeze.errors import AuditError, FrozenWeightsChanged
+from lightning_freeze.findings import Finding, Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.plan import FreezePlan
 
-CODES = (
-    "frozen-changed",
-    "frozen-buffer-changed",
-    "flag-changed",
-    "mode-changed",
-    "not-in-optimizer",
-    "no-gradient",
-    "not-updated",
-    "stale-gradient",
-    "stale-optimizer-state",
-    "rank-mismatch",
-    "tie-split",
-    "parameter-replaced",
-    "scheduler-mismatch",
-    "resume-mismatch",
-    "nothing-trainable",
-)
 _CHANGED = ("frozen-changed", "frozen-buffer-changed")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that the audit saw.
-
-    Attributes:
-        code: one of `CODES`.
-        names: dotted names of the tensors or modules, or of optimizers and schedulers.
-        epoch: counted from 0.
-        step: optimizer steps so far.
-        rank: the process that saw it.
-        message: what is the matter, in one sentence.
-        cause: what the audit found to be the reason, or that it found none.
-        fix: what to do about it.
-    """
-
-    code: str
-    names: tuple[str, ...]
-    epoch: int
-    step: int
-    rank: int
-    message: str
-    cause: str = ""
-    fix: str = ""
-
-    def __str__(self) -> str:
-        where = f"epoch {self.epoch}, step {self.step}, rank {self.rank}"
-        tail = "".join(f" {text}" for text in (self.cause, self.fix) if text)
-        return f"[{self.code}] {self.message} ({where}).{tail}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "names": list(self.names)}
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A finding before it is known when and where: code, names, message, cause, fix."""
-
-    code: str
-    names: tuple[str, ...]
-    message: str
-    cause: str = ""
-    fix: str = ""
-
-    def at(self, epoch: int, step: int, rank: int) -> Finding:
-        """Stamp it."""
-        return Finding(self.code, self.names, epoch, step, rank, self.message, self.cause, self.fix)
 
 
 def error_for(findings: Sequence[Finding]) -> AuditError:

@@ -116,6 +116,7 @@ class OptimizerGroups:
         for optimizer in self.optimizers:
             _join(optimizer)
             _check_scalable(optimizer, key)
+        for optimizer in self.optimizers:
             _split(optimizer, [s for s in listed if _optimizer_of(s) is optimizer], key)
 
     def sync(self, frozen: frozenset[str]) -> None:

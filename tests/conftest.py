@@ -40,4 +40,4 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are small: threads would only wait for each other

@@ -65,7 +65,7 @@ def _literal_names(owners: Iterable[Any]) -> set[str] | None:
         for kind in type(owner).__mro__:
             if kind in (LightningModule, Callback, object):
                 break
-            if kind.__module__.startswith(("lightning", "pytorch_lightning", "torch.")):
+            if kind.__module__.startswith(("lightning.", "lightning_freeze.", "torch.")):
                 if isinstance(owner, LightningModule):
                     continue
                 break

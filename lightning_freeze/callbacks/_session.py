@@ -83,9 +83,22 @@ class Session:
             if not late:
                 raise
             self.deferred = True
+        self._warn_blocked()
         if self.managed or self.deferred:
             apply.release(index, claimed)
             optimizers.release(index)
+
+    def _warn_blocked(self) -> None:
+        """A schedule whose every later stage names only what the user froze by hand."""
+        for callback, schedule in self.schedules.items():
+            later = schedule.stages[-1].trainable - schedule.stages[0].trainable
+            if later and later <= self._before - schedule.claimed:
+                rank_zero_warn(
+                    f"{label(callback)} has nothing to unfreeze: all that its later stages would, "
+                    f"such as `{min(later)}`, was frozen before the fit (`requires_grad=False`), "
+                    "and that stays frozen unless a selector names it. Don't freeze it by hand, or "
+                    "name it in the schedule."
+                )
 
     def _warn_frozen(self, names: Iterable[str]) -> None:
         never = frozenset().union(*(s.never for s in self.schedules.values()))

@@ -11,12 +11,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.arguments import one_of, whole
-from lightning_freeze.audit import Declared, Finding, Ledger, Seen, error_for
+from lightning_freeze.audit import Declared, Ledger, error_for
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import start
 from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError
+from lightning_freeze.findings import Finding, Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.optimizers import learning_rates
 from lightning_freeze.record import Record

@@ -211,3 +211,15 @@ def test_validation_metric_without_validation_is_refused() -> None:
     run = trainer(GradualUnfreeze(monitor="val_loss"), epochs=1, limit_val_batches=0)
     with pytest.raises(FreezeError, match="this run has no validation"):
         run.fit(seeded(LogsByFormat), loader())
+
+
+def test_schedule_for_what_the_user_froze_by_hand_is_warned_about() -> None:
+    model = seeded(Toy)
+    model.backbone.requires_grad_(False)
+    with pytest.warns(UserWarning, match="has nothing to unfreeze"):
+        trainer(GradualUnfreeze(), epochs=2).fit(model, loader())
+    assert trainable(model) == {"head.weight", "head.bias"}
+    model = seeded(Toy)
+    model.backbone.requires_grad_(False)
+    trainer(GradualUnfreeze({0: "head", 1: "**"}), epochs=2).fit(model, loader())  # named
+    assert "backbone.embed.weight" in trainable(model)

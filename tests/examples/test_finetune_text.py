@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import random
 import re
 import sys
@@ -259,7 +260,12 @@ def test_numbers_that_make_no_sense_are_refused(
 def test_real_weights_and_sentences_reach_more_than_85_percent(
     example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example.main(["--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        example.main(["--out", str(tmp_path)])
+    finally:
+        torch.set_num_threads(threads)
     printed = capsys.readouterr().out
     found = re.search(r"^Test accuracy: (\d+\.\d)% \(\d+ of 200\)", printed, re.MULTILINE)
     assert found is not None, printed
