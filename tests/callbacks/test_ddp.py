@@ -69,8 +69,7 @@ def fit(folder: Path, ranks: int) -> None:
     options: dict[str, Any] = {"use_distributed_sampler": False}
     if ranks > 1:
         options |= {"strategy": "ddp_fork", "devices": ranks}
-    callbacks = [GradualUnfreeze(), ReinitTopLayers(1), audit, Save(folder)]
-    torch.manual_seed(5)
+    callbacks = [GradualUnfreeze(), ReinitTopLayers(1, seed=3), audit, Save(folder)]
     trainer(*callbacks, epochs=EPOCHS, **options).fit(model)
 
 
