@@ -33,12 +33,10 @@ def as_selectors(selectors: Selectors, argument: str = "selectors") -> tuple[Sel
     Raises:
         ArgumentError: something in it is neither a string nor a callable, or doesn't compile.
     """
-    if isinstance(selectors, str) or callable(selectors):
-        selectors = (selectors,)
-    try:
-        listed = tuple(selectors)
-    except TypeError:
-        listed = (selectors,)  # type: ignore[assignment]
+    items: Any = selectors
+    if isinstance(items, str) or callable(items) or not isinstance(items, Iterable):
+        items = (items,)
+    listed: tuple[Selector, ...] = tuple(items)
     for selector in listed:
         if isinstance(selector, str):
             if not selector.strip():
