@@ -61,12 +61,10 @@ class Record:
             codes = ", ".join(sorted({finding.code for finding in self.findings}))
             many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
             return f"Audit: {many} ({codes}) in {self.checks} checks."
-        still = "nothing is frozen now"
-        if self.frozen:
-            still = f"{len(self.frozen)} frozen tensors are unchanged to the bit"
         return (
-            f"Audit: clean in {self.checks} checks. At the end {still}; {self.alive} trainable "
-            "tensors had gradients."
+            f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for as "
+            f"long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
+            f"{self.alive} trainable tensors had gradients."
         )
 
     def to_dict(self, versions: Mapping[str, str]) -> dict[str, Any]:
