@@ -62,8 +62,8 @@ class Record:
             many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
             return f"Audit: {many} ({codes}) in {self.checks} checks."
         return (
-            f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for as "
-            f"long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
+            f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
+            f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
             f"{self.alive} trainable tensors had gradients."
         )
 
