@@ -176,10 +176,12 @@ def _parent_in(path: str, quiet: set[str]) -> bool:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Flags and modes of a model, to go back to when a fit is refused."""
+    """Flags and modes of a model, and who set them, to go back to when a fit is refused."""
 
     flags: Mapping[str, bool]
     modes: Mapping[str, bool]
+    by_plan: frozenset[str]
+    mode_before: Mapping[str, bool]
 
     @classmethod
     def of(cls, index: ModelIndex) -> Snapshot:
@@ -187,16 +189,29 @@ class Snapshot:
         return cls(
             {name: p.requires_grad for name, p in index.parameters.items()},
             {path: module.training for path, module in index.modules.items()},
+            frozenset(name for name, p in index.parameters.items() if p in _frozen_by_plan),
+            {path: _mode_before[m] for path, m in index.modules.items() if m in _mode_before},
         )
 
     def restore(self, index: ModelIndex) -> None:
         """Put them back."""
         for name, flag in self.flags.items():
-            if name in index.parameters and index.parameters[name].requires_grad != flag:
-                index.parameters[name].requires_grad = flag
+            if name not in index.parameters:
+                continue
+            parameter = index.parameters[name]
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag
+            _frozen_by_plan.pop(parameter, None)
+            if name in self.by_plan:
+                _frozen_by_plan[parameter] = True
         for path, mode in self.modes.items():
-            if path in index.modules:
-                index.modules[path].training = mode
+            if path not in index.modules:
+                continue
+            module = index.modules[path]
+            module.training = mode
+            _mode_before.pop(module, None)
+            if path in self.mode_before:
+                _mode_before[module] = self.mode_before[path]
 
 
 class Applier:

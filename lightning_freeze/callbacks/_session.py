@@ -59,6 +59,7 @@ class Session:
         self.applier: apply.Applier | None = None
         self.listeners: list[Callable[[Session, str], None]] = []
         self._before: frozenset[str] = frozenset()
+        self._snapshot: apply.Snapshot | None = None
 
     @property
     def managed(self) -> bool:
@@ -84,6 +85,7 @@ class Session:
                 raise
             self.deferred = True
         self._warn_blocked()
+        self._snapshot = apply.Snapshot.of(index)
         if self.managed or self.deferred:
             apply.release(index, claimed)
             optimizers.release(index)
@@ -129,14 +131,13 @@ class Session:
         """
         if self.started:
             return
-        self.index = ModelIndex.of(module)
-        claimed = self._resolve(trainer, self.index)
         self.started = True
-        if not self.managed:
-            self.plan = FreezePlan(frozen=self._before)
-            return
-        snapshot = apply.Snapshot.of(self.index)
+        self.index = ModelIndex.of(module)
         try:
+            claimed = self._resolve(trainer, self.index)
+            if not self.managed:
+                self.plan = FreezePlan(frozen=self._before)
+                return
             check_supported(trainer.strategy)
             apply.release(self.index, claimed & self._before)
             self.groups = optimizers.OptimizerGroups(
@@ -157,9 +158,9 @@ class Session:
             self._switch(trainer, stages)
             self._check_layout(resumed)
         except BaseException:
-            if self.applier is not None:
-                self.applier.stop()
-            snapshot.restore(self.index)
+            self.stop()
+            if self._snapshot is not None:
+                self._snapshot.restore(self.index)
             raise
 
     def tick(self, trainer: Trainer) -> None:

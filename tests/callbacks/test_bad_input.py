@@ -223,3 +223,33 @@ def test_schedule_for_what_the_user_froze_by_hand_is_warned_about() -> None:
     model.backbone.requires_grad_(False)
     trainer(GradualUnfreeze({0: "head", 1: "**"}), epochs=2).fit(model, loader())  # named
     assert "backbone.embed.weight" in trainable(model)
+
+
+def lbfgs(module: nn.Module) -> Any:
+    return torch.optim.LBFGS([p for p in module.parameters() if p.requires_grad])
+
+
+def test_a_refused_fit_gives_back_what_a_selector_had_claimed() -> None:
+    model = seeded(Toy)
+    model.backbone.embed.requires_grad_(False)
+    before = trainable(model)
+    model.configure = lbfgs
+    run = trainer(FreezeBackbone(trainable="backbone.embed"), epochs=1)
+    with pytest.raises(FreezeError, match="LBFGS"):
+        run.fit(model, loader())
+    assert trainable(model) == before
+    model.configure = None  # control
+    trainer(FreezeBackbone(trainable="backbone.embed"), epochs=1).fit(model, loader())
+    assert "backbone.embed.weight" in trainable(model)
+
+
+def test_a_refused_second_fit_keeps_in_mind_who_froze_what() -> None:
+    model = seeded(Toy)
+    trainer(FreezeBackbone(), epochs=1).fit(model, loader())
+    model.configure = lbfgs
+    with pytest.raises(FreezeError, match="LBFGS"):
+        trainer(FreezeBackbone(), epochs=1).fit(model, loader())
+    assert trainable(model) == {"head.weight", "head.bias"}
+    model.configure = None
+    trainer(GradualUnfreeze(), epochs=5).fit(model, loader())
+    assert trainable(model) == {name for name, _ in model.named_parameters()}
