@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning_freeze.errors import ArgumentError
@@ -35,3 +36,13 @@ def positive(value: Any, argument: str) -> float:
             "to keep something from training, don't unfreeze it."
         )
     return float(value)
+
+
+def call_of(name: str, defaults: Mapping[str, Any], **given: Any) -> str:
+    """A call with the arguments that aren't the default, the same text in every process.
+
+    >>> call_of("FreezeBackbone", {"trainable_layers": 0, "lr_scale": 1.0}, trainable_layers=2)
+    'FreezeBackbone(trainable_layers=2)'
+    """
+    shown = (f"{k}={v!r}" for k, v in given.items() if k not in defaults or v != defaults[k])
+    return f"{name}({', '.join(shown)})"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
@@ -34,13 +35,7 @@ class FreezingCallback(_session.Freezing):
         """On a resume: find the state that this callback saved."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        states = checkpoint.get("callbacks") or {}
-        state = states.get(self.state_key)
-        if state is None:
-            kind = type(self).__name__
-            same = [cb for cb in _session.callbacks_of(trainer) if type(cb) is type(self)]
-            saved = [value for key, value in states.items() if str(key).startswith(kind)]
-            state = saved[0] if len(same) == len(saved) == 1 else None
+        state = saved_state(self, trainer, checkpoint)
         if state is None:
             raise ResumeError(
                 f"The checkpoint has no state of `{self.state_key}`: it was written without it, "
@@ -48,7 +43,7 @@ class FreezingCallback(_session.Freezing):
                 "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
                 "without `ckpt_path`."
             )
-        self._loaded = dict(state)
+        self._loaded = state
         self.restore(self._loaded)
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -82,9 +77,23 @@ class FreezingCallback(_session.Freezing):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take the mode guards off the model."""
+        """Take the mode guards off the model; give back what a fit that never started claimed."""
         if self._session is not None:
+            self._session.give_back(pl_module)
             self._session.stop()
+
+
+def saved_state(
+    callback: Callback, trainer: Trainer, checkpoint: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a callback saved; with other arguments, too, if it was the only one of its class."""
+    states = checkpoint.get("callbacks") or {}
+    if callback.state_key in states:
+        return dict(states[callback.state_key])
+    kind = type(callback)
+    same = [cb for cb in _session.callbacks_of(trainer) if type(cb) is kind]
+    saved = [value for key, value in states.items() if str(key).startswith(kind.__name__)]
+    return dict(saved[0]) if len(same) == len(saved) == 1 else None
 
 
 def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:

@@ -233,6 +233,11 @@ class Session:
                     "path)` and `fit` without `ckpt_path`."
                 )
 
+    def give_back(self, module: LightningModule) -> None:
+        """If the fit broke off before it started: flags and modes as they were before `setup`."""
+        if self._snapshot is not None and not self.started:
+            self._snapshot.restore(ModelIndex.of(module))
+
     def stop(self) -> None:
         """At the end of the fit: take the guards off; flags and groups stay as they are."""
         if self.applier is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
-from lightning_freeze.arguments import positive, whole
+from lightning_freeze.arguments import call_of, positive, whole
 from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
 from lightning_freeze.errors import ArgumentError, ConflictError
 from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover
@@ -15,6 +17,16 @@ from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.schedule import Stage, UnfreezeSchedule
 from lightning_freeze.selectors import as_selectors, select
+
+_DEFAULTS: dict[str, Any] = {
+    "backbone": None,
+    "trainable_layers": 0,
+    "trainable": [],
+    "train_bn": False,
+    "eval_mode": True,
+    "unfreeze_at_epoch": None,
+    "lr_scale": 1.0,
+}
 
 
 class FreezeBackbone(FreezingCallback):
@@ -75,14 +87,17 @@ class FreezeBackbone(FreezingCallback):
     @property
     def state_key(self) -> str:
         """Tells this callback's state in a checkpoint from that of another `FreezeBackbone`."""
-        given = {
-            "backbone": None if self.backbone is None else key_of(self.backbone),
-            "trainable_layers": self.trainable_layers,
-            "trainable": key_of(self.trainable),
-            "unfreeze_at_epoch": self.unfreeze_at_epoch,
-        }
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items() if value)
-        return f"FreezeBackbone({shown})"
+        return call_of(
+            "FreezeBackbone",
+            _DEFAULTS,
+            backbone=None if self.backbone is None else key_of(self.backbone),
+            trainable_layers=self.trainable_layers,
+            trainable=key_of(self.trainable),
+            train_bn=self.train_bn,
+            eval_mode=self.eval_mode,
+            unfreeze_at_epoch=self.unfreeze_at_epoch,
+            lr_scale=self.lr_scale,
+        )
 
     def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
         """The schedule for a model: all of the backbone but what stays trainable."""

@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
-from lightning_freeze.arguments import one_of, positive, whole
-from lightning_freeze.callbacks._freezing import FreezingCallback
+from lightning_freeze.arguments import call_of, one_of, positive, whole
+from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged, missing_metric
 from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
@@ -28,9 +28,24 @@ from lightning_freeze.schedule import (
     from_groups,
     parse_schedule,
 )
-from lightning_freeze.selectors import Selector, describe, select
+from lightning_freeze.selectors import Selector, as_selectors, select
 
 Schedule = Union[dict[Any, Any], str, None]
+
+
+_DEFAULTS: dict[str, Any] = {
+    "schedule": None,
+    "start": 1,
+    "every": 1,
+    "layers_per_step": 1,
+    "order": "top_down",
+    "unit": "epoch",
+    "monitor": None,
+    "lr_decay": 1.0,
+    "groups": None,
+    "train_bn": False,
+    "eval_mode": True,
+}
 
 
 class GradualUnfreeze(FreezingCallback):
@@ -130,15 +145,25 @@ class GradualUnfreeze(FreezingCallback):
     @property
     def state_key(self) -> str:
         """Tells this callback's state in a checkpoint from that of another `GradualUnfreeze`."""
-        given: dict[str, Any] = {}
+        schedule = None
         if self.entries is not None:
-            given["schedule"] = {e.at: [describe(s) for s in e.selectors] for e in self.entries}
-        else:
-            given = {"start": self.start, "every": self.every, "layers": self.layers_per_step}
-        if self.groups is not None:
-            given["groups"] = [describe(g) if callable(g) else g for g in self.groups]
-        shown = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        return f"GradualUnfreeze({shown})"
+            schedule = {entry.at: key_of(entry.selectors) for entry in self.entries}
+        groups = self.groups and [key_of(as_selectors(group)) for group in self.groups]
+        return call_of(
+            "GradualUnfreeze",
+            _DEFAULTS,
+            schedule=schedule,
+            start=self.start,
+            every=self.every,
+            layers_per_step=self.layers_per_step,
+            order=self.order,
+            unit=self.unit,
+            monitor=self.monitor,
+            lr_decay=self.lr_decay,
+            groups=groups,
+            train_bn=self.train_bn,
+            eval_mode=self.eval_mode,
+        )
 
     def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
         """The schedule for a model."""

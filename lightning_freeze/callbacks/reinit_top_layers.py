@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_freeze.arguments import whole
+from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.errors import ArgumentError
@@ -71,8 +71,14 @@ class ReinitTopLayers(Callback):
     def state_key(self) -> str:
         """Tells this callback from another `ReinitTopLayers`."""
         init = self.init if isinstance(self.init, str) else describe(self.init)
-        return (
-            f"ReinitTopLayers(n_layers={self.n_layers}, params={key_of(self.params)}, init={init})"
+        return call_of(
+            "ReinitTopLayers",
+            {"params": [], "pooler": True, "init": "model", "seed": None},
+            n_layers=self.n_layers,
+            params=key_of(self.params),
+            pooler=self.pooler,
+            init=init,
+            seed=self.seed,
         )
 
     def reinit_names(self, index: ModelIndex) -> tuple[str, ...]:

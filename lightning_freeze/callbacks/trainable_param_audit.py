@@ -10,15 +10,16 @@ from typing import Any, Union
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_freeze.arguments import one_of, whole
+from lightning_freeze.arguments import call_of, one_of, whole
 from lightning_freeze.audit import Declared, Ledger, error_for
 from lightning_freeze.callbacks import _session
-from lightning_freeze.callbacks._freezing import start
+from lightning_freeze.callbacks._freezing import saved_state, start
 from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.findings import Finding, Seen
 from lightning_freeze.fingerprint import fingerprint
+from lightning_freeze.names import some
 from lightning_freeze.optimizers import learning_rates
 from lightning_freeze.record import Record
 from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
@@ -83,6 +84,11 @@ class TrainableParamAudit(Callback):
         self.dead_after = whole(dead_after, "dead_after", least=1)
         self._reset()
 
+    @property
+    def state_key(self) -> str:
+        """Tells this audit's state in a checkpoint from that of another one."""
+        return call_of("TrainableParamAudit", {"every": "epoch"}, every=self.every)
+
     def _reset(self) -> None:
         self._record = Record()
         self._session: _session.Session | None = None
@@ -127,7 +133,7 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """On a resume: the fingerprints that the frozen tensors had."""
         if trainer.state.fn == TrainerFn.FITTING:
-            state = (checkpoint.get("callbacks") or {}).get(self.state_key) or {}
+            state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = dict(state.get("frozen", {}))
             self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
             self._record.checks = state.get("checks", 0)
@@ -176,8 +182,8 @@ class TrainableParamAudit(Callback):
                 Seen(
                     "resume-mismatch",
                     tuple(changed),
-                    f"{changed[0]} and {len(changed) - 1} more frozen tensors aren't what they "
-                    "were when the checkpoint was saved",
+                    f"{some(changed)} should be frozen, but differs from the tensor of that name "
+                    "when the checkpoint was saved",
                     "The checkpoint's weights were changed, or other weights were loaded after it.",
                     "Resume from the checkpoint as it was written.",
                 )

@@ -253,3 +253,34 @@ def test_a_refused_second_fit_keeps_in_mind_who_froze_what() -> None:
     model.configure = None
     trainer(GradualUnfreeze(), epochs=5).fit(model, loader())
     assert trainable(model) == {name for name, _ in model.named_parameters()}
+
+
+def test_a_configure_optimizers_that_raises_gives_back_what_was_claimed() -> None:
+    def broken(module: nn.Module) -> Any:
+        raise ValueError("the user's own mistake")
+
+    model = seeded(lambda: Toy(broken))
+    model.backbone.embed.requires_grad_(False)
+    before = trainable(model)
+    run = trainer(FreezeBackbone(trainable="backbone.embed"), epochs=1)
+    with pytest.raises(ValueError, match="the user's own mistake"):
+        run.fit(model, loader())
+    assert trainable(model) == before
+
+
+def test_two_callbacks_of_one_class_have_different_state_keys() -> None:
+    for one, other in (
+        (FreezeBackbone(), FreezeBackbone(train_bn=True)),
+        (FreezeBackbone(), FreezeBackbone(lr_scale=0.5)),
+        (GradualUnfreeze(), GradualUnfreeze(lr_decay=0.5)),
+        (GradualUnfreeze(), GradualUnfreeze(order="bottom_up")),
+        (GradualUnfreeze(), GradualUnfreeze(monitor="val_loss")),
+        (ReinitTopLayers(1), ReinitTopLayers(1, pooler=False)),
+        (TrainableParamAudit(), TrainableParamAudit(every=3)),
+    ):
+        assert one.state_key != other.state_key
+        assert one.state_key == type(one)(**_arguments(one)).state_key
+
+
+def _arguments(callback: Any) -> dict[str, Any]:
+    return {"n_layers": 1} if isinstance(callback, ReinitTopLayers) else {}
