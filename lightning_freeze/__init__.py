@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_freeze.apply import freeze, unfreeze
-from lightning_freeze.audit import assert_frozen
+from lightning_freeze.audit.findings import Finding
+from lightning_freeze.audit.guard import assert_frozen
 from lightning_freeze.errors import (
     ArgumentError,
     AuditError,
@@ -19,7 +20,6 @@ from lightning_freeze.errors import (
     SelectorError,
     UnsupportedError,
 )
-from lightning_freeze.findings import Finding
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.layers import LayerGroup, layer_groups
 from lightning_freeze.plan import FreezePlan

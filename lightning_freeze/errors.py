@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_freeze.findings import Finding
+    from lightning_freeze.audit.findings import Finding
 
 
 class FreezeError(RuntimeError):

@@ -11,20 +11,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.arguments import call_of, one_of, whole
-from lightning_freeze.audit import Declared, Ledger, error_for
+from lightning_freeze.audit.checks import GradientWatch, check_optimizers, check_ranks
+from lightning_freeze.audit.findings import Finding, Seen, error_for
+from lightning_freeze.audit.ledger import Declared, Ledger
+from lightning_freeze.audit.record import Record
+from lightning_freeze.audit.unfrozen import left_out, not_moved, without_gradient
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import saved_state, start
-from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.findings import Finding, Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import some
 from lightning_freeze.optimizers import learning_rates
-from lightning_freeze.record import Record
 from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
 from lightning_freeze.timeline import Moment
-from lightning_freeze.unfrozen import left_out, not_moved, without_gradient
 
 
 class TrainableParamAudit(Callback):

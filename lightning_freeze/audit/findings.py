@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from lightning_freeze.errors import AuditError, FrozenWeightsChanged
 
 CODES = (
     "frozen-changed",
@@ -22,6 +25,7 @@ CODES = (
     "resume-mismatch",
     "nothing-trainable",
 )
+CHANGED = ("frozen-changed", "frozen-buffer-changed")
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,10 @@ class Seen:
     def at(self, epoch: int, step: int, rank: int) -> Finding:
         """Stamp it."""
         return Finding(self.code, self.names, epoch, step, rank, self.message, self.cause, self.fix)
+
+
+def error_for(findings: Sequence[Finding]) -> AuditError:
+    """The exception that says what some findings say."""
+    changed = any(finding.code in CHANGED for finding in findings)
+    kind = FrozenWeightsChanged if changed else AuditError
+    return kind("\n".join(str(finding) for finding in findings), findings)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
-from lightning_freeze.findings import Finding
+from lightning_freeze.audit.findings import Finding
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.timeline import Moment, plot_timeline
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_freeze.audit.findings import Seen
 from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.findings import Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.layers import LayerGroup, discover
 from lightning_freeze.names import ModelIndex

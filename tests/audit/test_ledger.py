@@ -15,10 +15,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, ReduceLROnPlateau, StepLR
 
 from lightning_freeze import FrozenWeightsChanged, assert_frozen, freeze
-from lightning_freeze.audit import Declared, Ledger, error_for
-from lightning_freeze.checks import GradientWatch, check_optimizers, check_ranks
+from lightning_freeze.audit.checks import GradientWatch, check_optimizers, check_ranks
+from lightning_freeze.audit.findings import CODES, Finding, Seen, error_for
+from lightning_freeze.audit.ledger import Declared, Ledger
 from lightning_freeze.errors import AuditError, FreezeError
-from lightning_freeze.findings import CODES, Finding, Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex
 

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.apply import quiet_modules
-from lightning_freeze.causes import why_buffer_changed, why_changed
-from lightning_freeze.errors import AuditError, FrozenWeightsChanged
-from lightning_freeze.findings import Finding, Seen
+from lightning_freeze.audit.causes import why_buffer_changed, why_changed
+from lightning_freeze.audit.findings import Seen
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.plan import FreezePlan
-
-_CHANGED = ("frozen-changed", "frozen-buffer-changed")
-
-
-def error_for(findings: Sequence[Finding]) -> AuditError:
-    """The exception that says what some findings say."""
-    changed = any(finding.code in _CHANGED for finding in findings)
-    kind = FrozenWeightsChanged if changed else AuditError
-    return kind("\n".join(str(finding) for finding in findings), findings)
 
 
 @dataclass(frozen=True)
@@ -296,41 +285,3 @@ def _buffers(index: ModelIndex, paths: Iterable[str]) -> Iterator[tuple[str, Ten
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
-
-
-@contextmanager
-def assert_frozen(model: nn.Module) -> Iterator[None]:
-    """Raise when what is frozen at the start of the block isn't the same, to the bit, at its end.
-
-    Frozen parameters and the buffers of wholly frozen modules are compared. It works around any
-    loop; nothing of the model is changed.
-
-    Args:
-        model: any module.
-
-    Raises:
-        FrozenWeightsChanged: names what changed, and why.
-
-    Example:
-        >>> model = nn.Linear(2, 2).requires_grad_(False)
-        >>> with assert_frozen(model):
-        ...     _ = model(model.weight)
-        >>> with assert_frozen(model):
-        ...     _ = model.bias.data.add_(1)
-        Traceback (most recent call last):
-        ...
-        lightning_freeze.errors.FrozenWeightsChanged: [frozen-changed] bias changed although \
-frozen (epoch 0, step 0, rank 0). No optimizer holds it and its version didn't change: it was \
-written through `.data` or from outside of autograd. Find code that writes `.data` of this tensor.
-    """
-    ledger = Ledger(model)
-    yield
-    frozen = {n for n, first in ledger.index.canonical.items() if first in ledger.declared.frozen}
-    findings = [
-        seen.at(0, 0, 0)
-        for seen in ledger.check(flags=False)
-        if seen.code in _CHANGED
-        or (seen.code in ("parameter-replaced", "tie-split") and frozen.intersection(seen.names))
-    ]
-    if findings:
-        raise FrozenWeightsChanged("\n".join(map(str, findings)), findings)

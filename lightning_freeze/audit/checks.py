@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.findings import Seen
+from lightning_freeze.audit.findings import Seen
 from lightning_freeze.names import ModelIndex, some
 
 
