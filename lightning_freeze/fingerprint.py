@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Union, overload
 
-import torch
-import xxhash
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
+from lightning_freeze.digests import digest, digests
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.names import clean
+from lightning_freeze.names import named_tensors
 
 
 @overload
@@ -38,6 +35,7 @@ def fingerprint(item: Union[Tensor, nn.Module]) -> Union[str, dict[str, str]]:
         ArgumentError: a tensor has no bytes (meta, fake, lazy) or isn't dense.
 
     Example:
+        >>> import torch
         >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2))
         True
         >>> fingerprint(torch.zeros(2)) == fingerprint(-torch.zeros(2))
@@ -46,43 +44,16 @@ def fingerprint(item: Union[Tensor, nn.Module]) -> Union[str, dict[str, str]]:
         ['bias', 'weight']
     """
     if isinstance(item, nn.Module):
-        known: dict[int, str] = {}
-        found: dict[str, str] = {}
-        for source in (item.named_parameters, item.named_buffers):
-            for name, tensor in source(remove_duplicate=False):
-                if id(tensor) not in known:
-                    known[id(tensor)] = _digest(tensor, name)
-                found[clean(name)] = known[id(tensor)]
-        return found
+        names, tensors = named_tensors(item)
+        first: dict[int, int] = {}
+        for position, tensor in enumerate(tensors):
+            first.setdefault(id(tensor), position)
+        known = list(first.values())
+        found = digests([tensors[p] for p in known], lambda p: names[known[p]])
+        digest_of = {id(tensors[p]): value.hex() for p, value in zip(known, found)}
+        return {name: digest_of[id(tensor)] for name, tensor in zip(names, tensors)}
     if not isinstance(item, Tensor):
         raise ArgumentError(
             f"`fingerprint` got {type(item).__name__}. Give it a tensor or a module."
         )
-    return _digest(item, "the tensor")
-
-
-def _digest(tensor: Tensor, name: str) -> str:
-    if is_lazy(tensor):
-        raise ArgumentError(
-            f"`{name}` belongs to a lazy module that has seen no input: it has no shape yet. Call "
-            "`forward` once first."
-        )
-    local = getattr(tensor, "to_local", None)
-    tensor = (local() if callable(local) else tensor).detach()
-    if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
-        raise ArgumentError(
-            f"`{name}` is on the meta device: it has a shape but no bytes. Load or initialise it "
-            "first."
-        )
-    if tensor.layout != torch.strided:
-        raise ArgumentError(
-            f"`{name}` has the layout {tensor.layout}; only dense tensors have a fingerprint."
-        )
-    shape = ",".join(map(str, tensor.shape))
-    hasher = xxhash.xxh3_128(f"{tensor.dtype}|{shape}|".encode())
-    data = tensor.resolve_conj().resolve_neg().cpu().contiguous()
-    size = data.numel() * data.element_size()
-    if size:
-        # the memory itself: no copy, and unlike .numpy() safe on a live shard
-        hasher.update((ctypes.c_char * size).from_address(data.data_ptr()))
-    return hasher.hexdigest()
+    return digest(item).hex()

@@ -46,6 +46,68 @@ def _is_wrapper(module: nn.Module) -> bool:
     )
 
 
+def named_tensors(model: nn.Module) -> tuple[list[str], list[Tensor]]:
+    """Names and tensors of all parameters, then of all buffers; tied ones once for each name."""
+    found = Members.of(peel(model))
+    return found.names + found.buffer_names, [*found.parameters, *found.buffers]
+
+
+def peel(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and the like."""
+    while _is_wrapper(model):
+        model = model.get_submodule("module")
+    return model
+
+
+class Members:
+    """All that hangs from a module, in the order of `named_parameters`, in one quick walk.
+
+    Attributes:
+        names: of the parameters, as torch gives them, without wrappers' components.
+        parameters: one for each name: a tied tensor stands here several times.
+        buffer_names: of the buffers.
+        buffers: one for each name.
+        paths: of the modules; the model itself is "".
+        modules: one for each path. A wrapper and what it wraps share one.
+    """
+
+    __slots__ = ("buffer_names", "buffers", "modules", "names", "parameters", "paths")
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.parameters: list[nn.Parameter] = []
+        self.buffer_names: list[str] = []
+        self.buffers: list[Tensor] = []
+        self.paths: list[str] = []
+        self.modules: list[nn.Module] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Members:
+        """Walk a model."""
+        found = cls()
+        found._walk(model, "", "")
+        return found
+
+    def _walk(self, module: nn.Module, path: str, prefix: str) -> None:
+        self.paths.append(path)
+        self.modules.append(module)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                self.names.append(prefix + key)
+                self.parameters.append(parameter)
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                self.buffer_names.append(prefix + key)
+                self.buffers.append(buffer)
+        for key, child in module._modules.items():
+            if child is None:
+                continue
+            if key in _WRAPPERS:
+                self._walk(child, path, prefix)
+            else:
+                self._walk(child, prefix + key, f"{prefix}{key}.")
+
+
 @dataclass(frozen=True)
 class ModelIndex:
     """The names of one model, and what they stand for.
@@ -72,20 +134,17 @@ class ModelIndex:
         >>> ModelIndex.of(model).aliases
         {'0.weight': ('1.weight',)}
         """
-        while _is_wrapper(model):
-            model = model.get_submodule("module")
+        found = Members.of(peel(model))
         parameters: dict[str, nn.Parameter] = {}
         canonical: dict[str, str] = {}
         first_name: dict[int, str] = {}
-        for raw, parameter in model.named_parameters(remove_duplicate=False):
-            name = clean(raw)
-            if id(parameter) not in first_name:
-                first_name[id(parameter)] = name
+        for name, parameter in zip(found.names, found.parameters):
+            first = first_name.setdefault(id(parameter), name)
+            if first is name:
                 parameters[name] = parameter
-            canonical[name] = first_name[id(parameter)]
-        # a wrapper and what it wraps share a cleaned name: the inner one comes later and wins
-        modules = {clean(name): m for name, m in model.named_modules(remove_duplicate=False)}
-        return cls(parameters, canonical, modules)
+            canonical[name] = first
+        # a wrapper and what it wraps share a path: the inner one comes later and wins
+        return cls(parameters, canonical, dict(zip(found.paths, found.modules)))
 
     @cached_property
     def aliases(self) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,238 @@
+"""Tensors -> 128 bits each, as fast as their memory can be read.
+
+A digest is XXH3-128 over a header (dtype and shape) and the bytes in the order of the elements. A
+tensor of more than `CHUNK` bytes is hashed in chunks and then over the chunks' digests: so both
+cores can work on one tensor, and an audit can look at a slice of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from threading import Thread
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_freeze.errors import ArgumentError
+
+CHUNK = 1 << 20
+SIZE = 16
+
+# below this a thread costs more than it saves
+_ALONE = 1 << 16
+_WORTH_A_THREAD = 1 << 22
+_PLAIN = (Tensor, nn.Parameter)
+
+_arrays: dict[int, Any] = {}
+_headers: dict[tuple[torch.dtype, torch.Size], Any] = {}
+
+
+def digest(tensor: Tensor, name: str = "the tensor") -> bytes:
+    """The 16 bytes of one tensor.
+
+    Args:
+        tensor: of any dtype and layout in memory; of a DTensor, the local shard.
+        name: for the message.
+
+    Raises:
+        ArgumentError: it has no bytes (meta, fake, lazy) or isn't dense.
+    """
+    return digests((tensor,), lambda position: name)[0]
+
+
+def digests(
+    tensors: Iterable[Tensor],
+    name: Callable[[int], str] = str,
+    parts: dict[int, bytes] | None = None,
+) -> list[bytes]:
+    """The 16 bytes of each of several tensors, large ones on all cores.
+
+    Args:
+        tensors: as for `digest`.
+        name: position -> name, for the message.
+        parts: filled with the digests of the chunks, joined, of each tensor that has several.
+
+    Raises:
+        ArgumentError: as for `digest`.
+    """
+    found: list[bytes] = []
+    large: list[tuple[int, Tensor]] = []
+    for position, tensor in enumerate(tensors):
+        if (
+            type(tensor) in _PLAIN
+            and tensor.is_cpu
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+        ):
+            dtype = tensor.dtype
+            header = _headers.get((dtype, tensor.shape)) or _header(dtype, tensor.shape)
+            size = tensor.nbytes
+            if size <= _ALONE and not dtype.is_complex and not tensor.is_neg():
+                hasher = header.copy()
+                if size:
+                    array = _arrays.get(size) or _array(size)
+                    hasher.update(array.from_address(tensor.data_ptr()))
+                found.append(hasher.digest())
+                continue
+        flat = dense(tensor, partial(name, position))
+        if isinstance(flat, bytes):
+            found.append(flat)
+        elif flat.nbytes <= _ALONE:
+            found.append(_whole(flat))
+        else:
+            found.append(b"")
+            large.append((position, flat))
+    if large:
+        _hash_large(found, large, parts)
+    return found
+
+
+def dense(tensor: Tensor, name: Callable[[], str], *, here: bool = True) -> Tensor | bytes:
+    """A tensor as contiguous memory, itself where it is that already.
+
+    A wrapper around several tensors (quantised weights) gives the digest of all of them instead.
+
+    Args:
+        tensor: of any kind.
+        name: for the message.
+        here: in this process's memory; False leaves it on its device.
+    """
+    if is_lazy(tensor):
+        raise ArgumentError(
+            f"`{name()}` belongs to a lazy module that has seen no input: it has no shape yet. "
+            "Call `forward` once first."
+        )
+    local = getattr(tensor, "to_local", None)
+    if callable(local):
+        tensor = local()
+    tensor = tensor.detach()
+    if tensor.device.type == "meta" or type(tensor).__name__ == "FakeTensor":
+        raise ArgumentError(
+            f"`{name()}` is on the meta device: it has a shape but no bytes. Load or initialise "
+            "it first."
+        )
+    if tensor.layout == torch.strided and is_traceable_wrapper_subclass(tensor):
+        return _of_parts(tensor, name)
+    if tensor.layout != torch.strided:
+        raise ArgumentError(
+            f"`{name()}` has the layout {tensor.layout}; only dense tensors have a fingerprint."
+        )
+    plain = tensor.resolve_conj().resolve_neg()
+    return (plain.cpu() if here else plain).contiguous()
+
+
+def _of_parts(tensor: Any, name: Callable[[], str]) -> bytes:
+    parts, context = tensor.__tensor_flatten__()
+    hasher = xxhash.xxh3_128(f"{type(tensor).__name__}|{context}|".encode())
+    for part, inner in zip(parts, digests([getattr(tensor, p) for p in parts], lambda _: name())):
+        hasher.update(part.encode())
+        hasher.update(inner)
+    return hasher.digest()
+
+
+def chunks(size: int) -> int:
+    """How many chunks a tensor of so many bytes is hashed in; 1 for a small or empty one."""
+    return -(-size // CHUNK) or 1
+
+
+def chunk_digest(flat: Tensor, number: int) -> bytes:
+    """The digest of one chunk of dense memory; of a tensor with one chunk, that of the tensor."""
+    size = flat.nbytes
+    if size <= CHUNK:
+        return _whole(flat)
+    return _of_memory(flat.data_ptr() + number * CHUNK, min(CHUNK, size - number * CHUNK))
+
+
+def joined(flat: Tensor, parts: Sequence[bytes]) -> bytes:
+    """The digest of a tensor from those of its chunks."""
+    hasher = _header_of(flat).copy()
+    hasher.update(b"".join(parts))
+    return bytes(hasher.digest())
+
+
+def _whole(flat: Tensor) -> bytes:
+    hasher = _header_of(flat).copy()
+    size = flat.nbytes
+    if size:
+        hasher.update(_memory(flat.data_ptr(), size))
+    return bytes(hasher.digest())
+
+
+def _hash_large(
+    found: list[bytes], large: Sequence[tuple[int, Tensor]], parts: dict[int, bytes] | None
+) -> None:
+    """Hash the chunks of large tensors, on as many threads as there are cores."""
+    work: deque[tuple[int, int]] = deque()
+    of_chunks: list[list[bytes]] = []
+    for index, (_, flat) in enumerate(large):
+        count = chunks(flat.nbytes)
+        of_chunks.append([b""] * count)
+        work.extend((index, number) for number in range(count))
+
+    def hash_some() -> None:
+        while True:
+            try:
+                index, number = work.popleft()
+            except IndexError:
+                return
+            of_chunks[index][number] = chunk_digest(large[index][1], number)
+
+    total = sum(flat.nbytes for _, flat in large)
+    # threads rather than a pool: a pool's threads would be missing after a fork
+    helpers = [
+        Thread(target=hash_some)
+        for _ in range(min(cores(), 1 + total // _WORTH_A_THREAD, len(work)) - 1)
+    ]
+    for helper in helpers:
+        helper.start()
+    hash_some()
+    for helper in helpers:
+        helper.join()
+    for (position, flat), own in zip(large, of_chunks):
+        found[position] = own[0] if len(own) == 1 else joined(flat, own)
+        if parts is not None and len(own) > 1:
+            parts[position] = b"".join(own)
+
+
+def cores() -> int:
+    """How many cores this process may use, shared evenly with the other ranks on this machine."""
+    try:
+        available = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS and Windows
+        available = os.cpu_count() or 1
+    return max(1, min(8, available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def _of_memory(address: int, size: int) -> bytes:
+    return bytes(xxhash.xxh3_128_digest(_memory(address, size)))
+
+
+def _memory(address: int, size: int) -> Any:
+    # the memory itself: no copy, and unlike .numpy() safe on a live shard
+    return (_arrays.get(size) or _array(size)).from_address(address)
+
+
+def _array(size: int) -> Any:
+    kind = _arrays[size] = ctypes.c_char * size
+    return kind
+
+
+def _header_of(tensor: Tensor) -> Any:
+    return _headers.get((tensor.dtype, tensor.shape)) or _header(tensor.dtype, tensor.shape)
+
+
+def _header(dtype: torch.dtype, shape: torch.Size) -> Any:
+    """A hasher that has read dtype and shape; the same few occur again and again."""
+    if len(_headers) > 4096:
+        _headers.clear()
+    text = f"{dtype}|{','.join(map(str, shape))}|"
+    hasher = _headers[dtype, shape] = xxhash.xxh3_128(text.encode())
+    return hasher
