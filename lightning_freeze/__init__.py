@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_freeze.apply import freeze, unfreeze
 from lightning_freeze.audit.findings import Finding
-from lightning_freeze.audit.guard import assert_frozen
+from lightning_freeze.audit.guard import assert_frozen, audit_parameters
 from lightning_freeze.errors import (
     ArgumentError,
     AuditError,
@@ -19,6 +19,7 @@ from lightning_freeze.errors import (
     ScheduleError,
     SelectorError,
     UnsupportedError,
+    VerifyError,
 )
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.layers import LayerGroup, layer_groups
@@ -62,7 +63,9 @@ __all__ = [
     "TrainableParamAudit",
     "UnfreezeSchedule",
     "UnsupportedError",
+    "VerifyError",
     "assert_frozen",
+    "audit_parameters",
     "fingerprint",
     "freeze",
     "layer_groups",

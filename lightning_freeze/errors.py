@@ -11,6 +11,7 @@
     ├── UnsupportedError       an optimizer, scheduler or strategy that can't be served
     ├── ReinitError            re-initialisation is impossible, or changed nothing
     ├── ResumeError            a checkpoint that doesn't fit the callbacks of this run
+    ├── VerifyError            a file that can't be verified: unreadable, refused, another model
     └── AuditError             the audit found something (``.findings``)
         └── FrozenWeightsChanged   ... and it was a frozen weight
 """
@@ -58,6 +59,10 @@ class ReinitError(FreezeError):
 
 class ResumeError(FreezeError):
     """A checkpoint doesn't fit the callbacks of this run."""
+
+
+class VerifyError(FreezeError):
+    """Files can't be verified: unreadable, refused, damaged, or of another model."""
 
 
 class AuditError(FreezeError):

@@ -1,75 +1,254 @@
-"""A frozen tensor that changed -> the likely cause, and what to do about it."""
+"""A frozen tensor that changed -> who did it, and what to do about it.
+
+The answer is what was seen: an optimizer's update, a write between two looks, a copy with the same
+bytes, a tensor in the same memory. Where nobody watched, it is what can still be told afterwards:
+a gradient, optimizer state, a version counter, an address.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.audit.baseline import Baseline, address
+from lightning_freeze.audit.scene import Scene
+from lightning_freeze.audit.trace import (
+    END,
+    EPOCH,
+    EPOCH_END,
+    FIT_END,
+    SAVED,
+    START,
+    UPDATE,
+    UPDATED,
+    VALIDATED,
+    VALIDATION,
+    Update,
+    Write,
+)
+from lightning_freeze.digests import digest
+
+Why = tuple[str, str]
+
+_PARTS = {
+    (START, UPDATE): "in the forward or backward pass of a batch",
+    (START, END): "in the forward or backward pass of a batch",
+    (UPDATED, END): "between the optimizer's update and the batch's end",
+    (END, START): "between two batches",
+    (EPOCH, START): "before the epoch's first batch",
+    (END, EPOCH_END): "at an epoch's end",
+    (VALIDATED, EPOCH_END): "between validation and the epoch's end",
+    (EPOCH_END, EPOCH): "between two epochs",
+    (VALIDATION, VALIDATED): "during validation",
+    (END, SAVED): "when a checkpoint was saved",
+    (EPOCH_END, FIT_END): "after the last epoch",
+}
 
 
-def why_changed(
-    parameter: nn.Parameter, version: int, optimizers: Sequence[Optimizer], averaging: str
-) -> tuple[str, str]:
-    """The cause and the fix for a frozen parameter that changed, by looking at it.
+def part_of_fit(after: str, before: str) -> str:
+    """Two looks -> what a loop does between them, in words."""
+    return _PARTS.get((after, before), f"between {after} and {before}")
+
+
+def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
+    """The cause and the fix for a frozen parameter that changed.
 
     Args:
-        parameter: as it is now.
-        version: its version counter when it was frozen; a hint, since not every write bumps it.
-        optimizers: searched for what holds it.
-        averaging: the name of a callback that averages weights, if there is one.
+        baseline: what it was.
+        position: which tensor of the baseline.
+        scene: what can be looked at.
     """
-    holder = holder_of(parameter, optimizers)
-    if parameter.requires_grad:
-        stepped = f", and {holder} holds it" if holder else ""
+    name = baseline.names[position]
+    tensor = baseline.tensor(position)
+    assert tensor is not None
+    trace = scene.trace
+    update = trace.updates.get(name) if trace else None
+    if update is None:
+        update = _afterwards(baseline, position, scene)
+    if update is not None:
+        return _by_optimizer(update, now=tensor.requires_grad)
+    partner = scene.shared.get(name)
+    if partner is not None:
         return (
-            f"`requires_grad` is True: other code turned it on{stepped}.",
-            "Find what sets `requires_grad` and leave that to one callback.",
+            f"It shares its memory with `{partner}`, which trains: one tensor in two Parameters.",
+            f"Freeze `{partner}`, too, or give each memory of its own (`.clone()`).",
         )
-    if holder and parameter.grad is not None:
+    write = trace.writes.get(name) if trace else None
+    average = _average_with(name, tensor, scene)
+    if average is not None:
+        return average
+    if address(tensor) != baseline.address(position):
         return (
-            f"{holder} holds it and it has a stale gradient, which each step applies.",
-            "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does.",
+            "Its memory was exchanged: `.data` was assigned anew"
+            f"{_where(write, scene)}, as `vector_to_parameters`, `to()` and offloading do.",
+            "Find what assigns `.data` of this tensor, and leave frozen ones out.",
         )
-    if holder:
+    if write is not None and not write.silent:
         return (
-            f"{holder} holds it: weight decay and momentum move what has no gradient, too.",
-            "Leave frozen parameters out of the optimizer, as `FreezeBackbone` does.",
+            f"It was written in place by other code{_where(write, scene)}.",
+            "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
         )
-    if averaging:
+    if write is not None or tensor._version == baseline.versions[position]:
         return (
-            f"`{averaging}` averages weights and writes the average back, rounded.",
-            "Leave the frozen parameters out of the average, or accept changes in the last bit.",
-        )
-    if parameter._version == version:
-        return (
-            "No optimizer holds it and its version didn't change: it was written through `.data` "
-            "or from outside of autograd.",
+            "No optimizer wrote it and its version didn't change: it was written through `.data` "
+            f"or from outside of autograd{_where(write, scene)}.",
             "Find code that writes `.data` of this tensor.",
         )
     return (
-        "No optimizer holds it: it was written in place by other code.",
+        "No optimizer wrote it: it was written in place by other code.",
         "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
     )
 
 
-def why_buffer_changed(module: nn.Module) -> tuple[str, str]:
-    """The cause and the fix for a buffer of a frozen module that changed."""
-    if is_batch_norm(module) and module.training:
+def _where(write: Write | None, scene: Scene) -> str:
+    if write is None:
+        return ""
+    runs = scene.who(write.after, write.before)
+    return f", {part_of_fit(write.after, write.before)}{f' (there: {runs})' if runs else ''}"
+
+
+def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | None:
+    """Whether an optimizer must have written it, told from what it left behind.
+
+    Only where nobody watched the optimizer: torch's own leave a tensor without a gradient alone.
+    """
+    parameter = baseline.tensor(position)
+    assert parameter is not None
+    optimizer = scene.holder(parameter)
+    watched = scene.trace is not None and scene.trace.stepped and scene.trace.complete
+    if optimizer is None or watched:
+        return None
+    kind = type(optimizer)
+    bumped = parameter._version != baseline.versions[position]
+    gradient = parameter.grad
+    if gradient is not None:
+        state = "some" if gradient.any() else "zero"
+        return Update(kind.__name__, state, parameter.requires_grad, (0, 0))
+    if optimizer.state.get(parameter) and (bumped or parameter.requires_grad):
+        return Update(kind.__name__, "some", parameter.requires_grad, (0, 0))
+    if bumped and not kind.__module__.startswith("torch.optim"):
+        return Update(kind.__name__, "none", parameter.requires_grad, (0, 0))
+    return None
+
+
+def _by_optimizer(update: Update, *, now: bool) -> Why:
+    name = update.optimizer
+    if update.flag:
+        is_on = "is True" if now else "was True for a time"
+        return (
+            f"`requires_grad` {is_on}: other code turned it on, and {name} holds it.",
+            "Find what sets `requires_grad` and leave that to one callback.",
+        )
+    if update.gradient == "some":
+        return (
+            f"{name} holds it and it has a stale gradient, which each step applies.",
+            "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does.",
+        )
+    if update.gradient == "zero":
+        return (
+            f"{name} holds it and it has a stale gradient of zeros: weight decay and momentum "
+            "still move it.",
+            "Set `.grad = None` instead of zeroing it (`zero_grad(set_to_none=True)`), or leave "
+            "it out of the optimizer, as `FreezeBackbone` does.",
+        )
+    return (
+        f"{name} holds it: weight decay and momentum move what has no gradient, too.",
+        "Leave frozen parameters out of the optimizer, as `FreezeBackbone` does.",
+    )
+
+
+def _average_with(name: str, tensor: Tensor, scene: Scene) -> Why | None:
+    """A callback that averages weights is to blame if its copy has just these bytes."""
+    for average in scene.averages:
+        copy = average.tensors().get(name) if average.used and average.written else None
+        if copy is not None and copy.shape == tensor.shape and digest(copy) == digest(tensor):
+            return why_average(average.label)
+    return None
+
+
+def why_average(label: str) -> Why:
+    """The cause and the fix where an average isn't equal to what it is the average of."""
+    return (
+        f"`{label}` averages weights and writes the average back, rounded.",
+        "Leave the frozen parameters out of the average, or accept changes in the last bit.",
+    )
+
+
+def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], scene: Scene) -> Why:
+    """The cause and the fix for a buffer of a frozen module that changed.
+
+    Args:
+        baseline: what it was.
+        position: which tensor of the baseline.
+        changed: names of all buffers that changed with it.
+        scene: what can be looked at.
+    """
+    module = baseline.owner(position)
+    assert module is not None
+    name = baseline.names[position]
+    tensor = baseline.tensor(position)
+    if is_batch_norm(module):
+        cause = _batch_norm(module, name, changed, scene)
+        if cause is not None:
+            return cause
+    if _spectral(module, name.rpartition(".")[2]):
+        return (
+            "Spectral norm estimates it anew in every forward pass in train mode, whatever "
+            "`requires_grad` says.",
+            "Put the module in eval mode, as `FreezeBackbone` does, or take spectral norm off "
+            "it (`remove_parametrizations`).",
+        )
+    write = scene.trace.writes.get(name) if scene.trace else None
+    if tensor is not None:
+        average = _average_with(name, tensor, scene)
+        if average is not None:
+            return average
+        if address(tensor) != baseline.address(position):
+            return (
+                f"Some code assigned another tensor to it{_where(write, scene)}.",
+                "Find what assigns this buffer and stop it.",
+            )
+    return (
+        f"Some code wrote to it{_where(write, scene)}.",
+        "Find what writes to this buffer and stop it.",
+    )
+
+
+def _batch_norm(module: nn.Module, name: str, changed: set[str], scene: Scene) -> Why | None:
+    """Batch-norm counts the batches it takes in; without a count, its mode has to do."""
+    counter = name.rpartition(".")[0] + ".num_batches_tracked"
+    counted = getattr(module, "num_batches_tracked", None)
+    if counted is not None and not int(counted):
+        for average in scene.averages:
+            if "Stochastic" in average.label and average.written:
+                return (
+                    f"`{average.label}` resets the statistics of every batch-norm before its last "
+                    "pass over the data, and a frozen one, in eval mode, doesn't gather new ones.",
+                    "Leave batch-norm out of what you freeze (`train_bn=True`), or replace it by "
+                    "one without running statistics.",
+                )
+    took_in = counter in changed if counted is not None else module.training
+    if not took_in:
+        return None
+    if module.training:
         return (
             "Its batch-norm is in train mode, and `requires_grad=False` doesn't stop running "
             "statistics.",
             "Put it in eval mode on every epoch, as `FreezeBackbone` does, or say `train_bn=True`.",
         )
-    return ("Some code wrote to it.", "Find what writes to this buffer and stop it.")
+    return (
+        "Its batch-norm took in batches: it was in train mode for a time, and is in eval mode "
+        "again.",
+        "Find what calls `train()` on it; `FreezeBackbone` puts it back before each forward pass.",
+    )
 
 
-def holder_of(parameter: Tensor, optimizers: Iterable[Optimizer]) -> str:
-    """The class of the optimizer that holds a parameter, or an empty text."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if any(p is parameter for p in group["params"]):
-                return type(optimizer).__name__
-    return ""
+def _spectral(module: nn.Module, key: str) -> bool:
+    """Whether a buffer is one of spectral norm's, of the new kind or the old."""
+    if type(module).__name__ == "_SpectralNorm":
+        return True
+    hooks = module._forward_pre_hooks.values()
+    return any(
+        type(hook).__name__ == "SpectralNorm" and key.startswith(getattr(hook, "name", "-"))
+        for hook in hooks
+    )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
-from lightning_freeze.audit.findings import CHANGED
+from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.audit.findings import CHANGED, Finding, Seen
+from lightning_freeze.audit.holdings import check_optimizers, hidden
+from lightning_freeze.audit.identity import overlapping
 from lightning_freeze.audit.ledger import Ledger
+from lightning_freeze.audit.leftovers import left_over
+from lightning_freeze.audit.scene import Scene, shared_memory
+from lightning_freeze.audit.trace import START, Trace
+from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.errors import FrozenWeightsChanged
+from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.report import groups_or_children
 
 
 @contextmanager
@@ -17,7 +32,8 @@ def assert_frozen(model: nn.Module) -> Iterator[None]:
     """Raise when what is frozen at the start of the block isn't the same, to the bit, at its end.
 
     Frozen parameters and the buffers of wholly frozen modules are compared. It works around any
-    loop; nothing of the model is changed.
+    loop; nothing of the model is changed. While the block runs, every step of a torch optimizer is
+    watched, so that the error can name the one that moved a frozen weight.
 
     Args:
         model: any module.
@@ -34,17 +50,112 @@ def assert_frozen(model: nn.Module) -> Iterator[None]:
         Traceback (most recent call last):
         ...
         lightning_freeze.errors.FrozenWeightsChanged: [frozen-changed] bias changed although \
-frozen (epoch 0, step 0, rank 0). No optimizer holds it and its version didn't change: it was \
+frozen (epoch 0, step 0, rank 0). No optimizer wrote it and its version didn't change: it was \
 written through `.data` or from outside of autograd. Find code that writes `.data` of this tensor.
     """
     ledger = Ledger(model)
-    yield
+    trace = Trace()
+    trace.begin(ledger.baseline, ledger.index.parameters, {}, START, (0, 0))
+    steps = 0
+    optimizers: dict[int, Optimizer] = {}
+
+    def before(optimizer: Optimizer, *_: Any) -> None:
+        optimizers[id(optimizer)] = optimizer
+        trace.before_update(optimizer, (0, steps))
+
+    def after(optimizer: Optimizer, *_: Any) -> None:
+        nonlocal steps
+        trace.after_update(optimizer, (0, steps))
+        steps += 1
+
+    hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
     frozen = {n for n, first in ledger.index.canonical.items() if first in ledger.declared.frozen}
+    scene = Scene(list(optimizers.values()), trace, shared=ledger.shared)
     findings = [
-        seen.at(0, 0, 0)
-        for seen in ledger.check(flags=False)
+        seen.at(0, steps, 0)
+        for seen in ledger.check(scene, flags=False)
         if seen.code in CHANGED
         or (seen.code in ("parameter-replaced", "tie-split") and frozen.intersection(seen.names))
     ]
     if findings:
         raise FrozenWeightsChanged("\n".join(map(str, findings)), findings)
+
+
+def audit_parameters(
+    model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()
+) -> list[Finding]:
+    """One look at a model and its optimizers: what is wrong already, or is going to be.
+
+    Without a record of earlier weights it can't tell whether one changed (`assert_frozen` and
+    `TrainableParamAudit` can). It tells of frozen tensors with gradients or momentum that an
+    optimizer holds, of frozen batch-norms whose statistics go on moving, of frozen tensors in
+    the memory of trainable ones, and of trainable tensors that no optimizer will move.
+
+    Args:
+        model: any module; it isn't changed.
+        optimizers: one or several; without them, only the model is looked at.
+
+    Returns:
+        One `Finding` for each fault and layer group; an empty list if there is none.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        >>> _ = model["backbone"].requires_grad_(False)
+        >>> audit_parameters(model, SGD(model["head"].parameters(), lr=0.1))
+        []
+        >>> findings = audit_parameters(model, SGD(model["backbone"].parameters(), lr=0.1))
+        >>> [(finding.code, finding.names) for finding in findings]
+        [('not-in-optimizer', ('head.weight', 'head.bias'))]
+    """
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    index = ModelIndex.of(model)
+    groups = groups_or_children(index)
+    trains = [name for name, p in index.parameters.items() if p.requires_grad]
+    frozen = [(n, p) for n, p in index.parameters.items() if not p.requires_grad]
+    held = frozenset(
+        index.name_of[id(p)]
+        for optimizer in listed
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if id(p) in index.name_of
+    )
+    omitted = left_out(index, groups, listed, managed=False) if listed else frozenset()
+    seen = check_optimizers(
+        index, trains, listed, (), lambda name: name not in omitted, groups=groups
+    )
+    seen += overlapping(shared_memory(index), held if listed else frozenset(trains))
+    seen += _moving_statistics(index) + left_over(frozen, listed)
+    if listed:
+        seen += hidden(model, listed)
+    return [item.at(0, 0, 0) for item in seen]
+
+
+def _moving_statistics(index: ModelIndex) -> list[Seen]:
+    """Frozen batch-norms in train mode."""
+    paths = [
+        path
+        for path, module in index.modules.items()
+        if is_batch_norm(module)
+        and module.training
+        and getattr(module, "running_mean", None) is not None
+        and index.within(module)
+        and not any(index.parameters[name].requires_grad for name in index.within(module))
+    ]
+    if not paths:
+        return []
+    return [
+        Seen(
+            "mode-changed",
+            tuple(paths),
+            f"{some(paths)} is frozen but in train mode, so its running statistics go on moving",
+            "`requires_grad=False` doesn't stop them; only eval mode does.",
+            "Call `eval()` on it, after every `model.train()`, or freeze it with "
+            "`lightning_freeze.freeze`.",
+        )
+    ]

@@ -1,17 +1,23 @@
-"""What is true of a model -> findings. It reads, and changes nothing."""
+"""What a model was declared to be and what its frozen tensors were, to compare with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lightning_freeze.apply import quiet_modules
-from lightning_freeze.audit.causes import why_buffer_changed, why_changed
+from lightning_freeze.apply import can_train, quiet_modules
+from lightning_freeze.audit.baseline import Baseline, Moment, Place
+from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
 from lightning_freeze.audit.findings import Seen
-from lightning_freeze.fingerprint import fingerprint
+from lightning_freeze.audit.identity import overlapping, replaced, split_ties
+from lightning_freeze.audit.leftovers import left_over
+from lightning_freeze.audit.roster import Roster
+from lightning_freeze.audit.scene import Scene, shared_memory
+from lightning_freeze.audit.switches import awake, flipped
+from lightning_freeze.digests import digests
 from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.plan import FreezePlan
 
@@ -27,33 +33,26 @@ class Declared:
     """
 
     frozen: frozenset[str]
-    quiet: frozenset[str] = frozenset()
-    still: frozenset[str] = frozenset()
+    quiet: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()
 
     @classmethod
     def by_flags(cls, index: ModelIndex) -> Declared:
         """What `requires_grad` says: for a freeze that was written by hand."""
         off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
-        still = quiet_modules(index, FreezePlan(frozen=off, quiet=off))
-        in_eval = [path for path in still if not index.modules[path].training]
-        return cls(off, frozenset(in_eval), frozenset(still))
-
-
-@dataclass
-class _Baseline:
-    """A frozen tensor as it was."""
-
-    digest: str
-    version: int
+        still = tuple(quiet_modules(index, FreezePlan(frozen=off, quiet=off)))
+        in_eval = tuple(path for path in still if not index.modules[path].training)
+        return cls(off, still if in_eval == still else in_eval, still)
 
 
 class Ledger:
-    """What a model was declared to be and what its frozen tensors were, to compare with.
+    """Compares a model with its declaration.
 
     Attributes:
         model: the model.
         index: its names when the ledger was made.
         declared: what holds now; what `requires_grad` says where nothing was declared.
+        baseline: what the frozen tensors were, parameters first, then buffers.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -66,222 +65,201 @@ class Ledger:
         ['frozen-changed']
     """
 
-    def __init__(self, model: nn.Module, declared: Declared | None = None) -> None:
-        self.model = model
-        self.index = ModelIndex.of(model)
-        self._params: dict[str, _Baseline] = {}
-        self._buffers: dict[str, _Baseline] = {}
-        self.declare(Declared.by_flags(self.index) if declared is None else declared)
+    def __init__(
+        self,
+        model: nn.Module,
+        declared: Declared | None = None,
+        *,
+        index: ModelIndex | None = None,
+        now: Moment = (0, 0),
+        parts: bool = False,
+    ) -> None:
+        """Take everything down.
 
-    def declare(self, declared: Declared) -> None:
+        Args:
+            model: any module.
+            declared: what holds; what `requires_grad` says where None.
+            index: of the model, if there is one already.
+            now: epoch and optimizer step.
+            parts: also compare slices (see `Baseline.of`).
+        """
+        self.model = model
+        self.index = ModelIndex.of(model) if index is None else index
+        self._roster = Roster(model)
+        self._parts = parts
+        self.baseline = Baseline()
+        self.declare(Declared.by_flags(self.index) if declared is None else declared, now)
+
+    def declare(self, declared: Declared, now: Moment = (0, 0)) -> None:
         """Take over a new declaration; what stays frozen keeps its older baseline."""
         self.declared = declared
-        self._params = {
-            name: self._params.get(name) or _baseline(self.index.parameters[name])
-            for name in self.index.parameters
-            if name in declared.frozen
-        }
-        self._buffers = {
-            name: self._buffers.get(name) or _baseline(buffer)
-            for name, buffer in _buffers(self.index, declared.still)
-        }
-
-    @property
-    def tensors(self) -> int:
-        """How many frozen tensors and buffers it compares."""
-        return len(self._params) + len(self._buffers)
+        self.shared = shared_memory(self.index)
+        # what can't require a gradient isn't asked to
+        self._flags = bytes(
+            name not in declared.frozen and can_train(parameter)
+            for name, parameter in self.index.parameters.items()
+        )
+        places = chain(
+            ((n, p) for n, p in self.index.parameters.items() if n in declared.frozen),
+            _buffers(self.index, declared.still),
+        )
+        self.baseline = Baseline.of(places, now, self.baseline, parts=self._parts)
 
     def digests(self) -> dict[str, str]:
         """Name -> fingerprint of every frozen parameter and buffer when it was frozen."""
-        found = {name: base.digest for name, base in self._params.items()}
-        return found | {name: base.digest for name, base in self._buffers.items()}
+        return dict(zip(self.baseline.names, self.baseline.fingerprints()))
+
+    @property
+    def quiet(self) -> dict[str, nn.Module]:
+        """Path -> module of what must be in eval mode."""
+        return {path: self.index.modules[path] for path in self.declared.quiet}
+
+    def now(self) -> ModelIndex:
+        """The names of the model as it is; made anew only if any object is another one."""
+        return self.index if self._roster.fits(self.model) else ModelIndex.of(self.model)
 
     def check(
-        self, optimizers: Sequence[Optimizer] = (), averaging: str = "", *, flags: bool = True
+        self,
+        scene: Scene | None = None,
+        *,
+        flags: bool = True,
+        only: Collection[int] | None = None,
     ) -> list[Seen]:
         """Compare the model with the declaration.
 
         Args:
-            optimizers: searched for what holds a frozen tensor.
-            averaging: the name of a callback that averages weights, if there is one.
+            scene: what to look at for causes.
             flags: also compare flags and modes.
+            only: positions of the baseline to compare; all where None.
         """
-        now = ModelIndex.of(self.model)
-        seen = [*self._ties(now), *self._identity(now)]
-        seen += self._changed(now, optimizers, averaging) + self._changed_buffers(now)
-        if flags:
-            seen += self._flags(now) + self._modes(now)
-        return seen + self._stale(now, optimizers)
+        scene = Scene(shared=self.shared) if scene is None else scene
+        now = self.now()
+        seen: list[Seen] = []
+        if now is not self.index:
+            seen += split_ties(self.index, now) + replaced(self.index, now)
+        held = frozenset(
+            now.name_of[id(p)]
+            for optimizer in scene.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if self.shared and id(p) in now.name_of
+        )
+        seen += overlapping(self.shared, held)
+        changed = self.baseline.changed(only)
+        seen += self.changes(changed, scene, now)
+        if flags and (now is not self.index or not self._as_declared()):
+            trace = scene.trace
+            flips, modes = (trace.flips, trace.modes) if trace else ({}, {})
+            seen += flipped(
+                self.index, now, self.declared.frozen, self.declared.still, flips, scene.who
+            )
+            seen += awake(now, self.declared.quiet, modes, scene.who)
+        if only is None:
+            seen += self.drifting(scene, changed)
+        return seen + left_over(self._frozen(now), scene.optimizers)
 
-    def _changed(
-        self, now: ModelIndex, optimizers: Sequence[Optimizer], averaging: str
+    @property
+    def trainable(self) -> list[str]:
+        """Names of what was declared to train."""
+        return [name for name, trains in zip(self.index.parameters, self._flags) if trains]
+
+    def _as_declared(self) -> bool:
+        """Whether all flags and modes are what was declared: a quick look at the same objects."""
+        flags = bytes(p.requires_grad for p in self.index.parameters.values())
+        modules = self.index.modules
+        return flags == self._flags and not any(
+            modules[path].training for path in self.declared.quiet
+        )
+
+    def _frozen(self, now: ModelIndex) -> list[tuple[str, Tensor]]:
+        named = zip(self.baseline.names, self.baseline.parameters())
+        if now is self.index:
+            return list(named)
+        found = ((name, now.parameters.get(now.canonical.get(name, ""))) for name, _ in named)
+        return [(name, parameter) for name, parameter in found if parameter is not None]
+
+    def changes(
+        self, positions: Iterable[int], scene: Scene, now: ModelIndex | None = None
     ) -> list[Seen]:
-        causes: dict[tuple[str, str], list[str]] = {}
-        for name, base in self._params.items():
-            parameter = now.parameters.get(now.canonical.get(name, ""))
-            if parameter is not None and fingerprint(parameter) != base.digest:
-                why = why_changed(parameter, base.version, optimizers, averaging)
-                causes.setdefault(why, []).append(name)
-        return [
-            Seen("frozen-changed", tuple(names), f"{some(names)} changed although frozen", *why)
-            for why, names in causes.items()
-        ]
+        """Findings for frozen tensors that changed: one for each cause.
 
-    def _changed_buffers(self, now: ModelIndex) -> list[Seen]:
-        current = dict(_buffers(now, self.declared.still))
-        causes: dict[tuple[str, str], list[str]] = {}
-        for name, base in self._buffers.items():
-            buffer = current.get(name)
-            if buffer is None or fingerprint(buffer) == base.digest:
-                continue
-            module = now.modules[now.owner(name)]
-            why = why_buffer_changed(module)
-            causes.setdefault(why, []).append(name)
+        Args:
+            positions: which tensors of the baseline.
+            scene: what to look at for causes.
+            now: the model as it is; what isn't in it is told of as replaced.
+        """
+        listed = [p for p in positions if now is None or self._present(p, now)]
+        names = self.baseline.names
+        buffers = {names[p] for p in listed if self.baseline.is_buffer(p)}
+        groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
+        for position in listed:
+            if self.baseline.is_buffer(position):
+                why = why_buffer_changed(self.baseline, position, buffers, scene)
+                key = ("frozen-buffer-changed", why)
+            else:
+                key = ("frozen-changed", why_changed(self.baseline, position, scene))
+            groups.setdefault(key, []).append(names[position])
         return [
             Seen(
-                "frozen-buffer-changed",
-                tuple(names),
-                f"the buffers {some(names)} of frozen modules changed",
+                code,
+                tuple(members),
+                f"{some(members)} changed although frozen"
+                if code == "frozen-changed"
+                else f"the buffers {some(members)} of frozen modules changed",
                 *why,
             )
-            for why, names in causes.items()
+            for (code, why), members in groups.items()
         ]
 
-    def _flags(self, now: ModelIndex) -> list[Seen]:
-        on, off, new = [], [], []
-        frozen_paths = {path for path in self.declared.still if path}
-        for name, parameter in now.parameters.items():
-            known = name in self.index.canonical
-            if not known and parameter.requires_grad:
-                if any(name.startswith(path + ".") for path in frozen_paths):
-                    new.append(name)
-            elif known:
-                declared = self.index.canonical[name] not in self.declared.frozen
-                if parameter.requires_grad and not declared:
-                    on.append(name)
-                elif not parameter.requires_grad and declared and parameter.is_floating_point():
-                    off.append(name)
-        rules = (
-            (on, "requires a gradient although it was declared frozen", "set it to True"),
-            (off, "requires no gradient although it was declared trainable", "set it to False"),
-            (
-                new,
-                "is a new trainable parameter in a frozen module",
-                "added it after the fit began",
-            ),
-        )
-        return [
-            Seen(
-                "flag-changed",
-                tuple(names),
-                f"{some(names)} {what}",
-                f"Other code {did}.",
-                "Let one place decide: name it in `trainable`, `backbone` or the schedule.",
-            )
-            for names, what, did in rules
-            if names
-        ]
+    def _present(self, position: int, now: ModelIndex) -> bool:
+        if self.baseline.is_buffer(position):
+            path = now.owner(self.baseline.names[position])
+            return now.modules.get(path) is self.baseline.owner(position)
+        return id(self.baseline.tensor(position)) in now.name_of
 
-    def _modes(self, now: ModelIndex) -> list[Seen]:
-        awake = [p for p in self.declared.quiet if p in now.modules and now.modules[p].training]
-        if not awake:
-            return []
-        tops = sorted(p for p in awake if p.rpartition(".")[0] not in awake or not p)
-        return [
-            Seen(
-                "mode-changed",
-                tuple(tops),
-                f"{some(tops)} left eval mode although frozen",
-                "Some code called `train()` on it or on a module around it.",
-                "Use `FreezeBackbone` or `GradualUnfreeze`, which put it back, or call `eval()` "
-                "on it in `on_train_epoch_start`.",
-            )
-        ]
+    def drifting(self, scene: Scene, changed: Collection[int] = ()) -> list[Seen]:
+        """Averages whose copy of a frozen tensor isn't that tensor any more.
 
-    def _ties(self, now: ModelIndex) -> list[Seen]:
-        split = []
-        for first, others in self.index.aliases.items():
-            group = [name for name in (first, *others) if name in now.canonical]
-            if len({now.canonical[name] for name in group}) > 1:
-                split.append(group)
-        return [
-            Seen(
-                "tie-split",
-                tuple(group),
-                f"{' and '.join(group)} were one tensor and are several now",
-                "A Parameter was assigned under one of its names.",
-                "Assign it under all of them, or call the model's `tie_weights()`.",
-            )
-            for group in split
-        ]
-
-    def _identity(self, now: ModelIndex) -> list[Seen]:
-        tied = {name for first, others in self.index.aliases.items() for name in (first, *others)}
-        gone = [
-            name
-            for name, parameter in self.index.parameters.items()
-            if name not in tied
-            and now.parameters.get(now.canonical.get(name, name)) is not parameter
-        ]
-        if not gone:
-            return []
-        return [
-            Seen(
-                "parameter-replaced",
-                tuple(gone),
-                f"{some(gone)} is another Parameter object than at fit start, or gone",
-                "It was assigned anew, or its module was replaced; optimizers still hold the old "
-                "one.",
-                "Write into it (`copy_`) instead of assigning, or do it before the fit.",
-            )
-        ]
-
-    def _stale(self, now: ModelIndex, optimizers: Sequence[Optimizer]) -> list[Seen]:
-        grads, states = [], []
-        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-        for name in self._params:
-            parameter = now.parameters.get(now.canonical.get(name, ""))
-            if parameter is None:
-                continue
-            if parameter.grad is not None and not parameter.requires_grad:
-                grads.append(name)
-            if id(parameter) in held and any(o.state.get(parameter) for o in optimizers):
-                states.append(name)
+        Args:
+            scene: with the averages.
+            changed: positions of tensors that have changed themselves.
+        """
         seen = []
-        if grads:
-            seen.append(
-                Seen(
-                    "stale-gradient",
-                    tuple(grads),
-                    f"{some(grads)} is frozen but has a gradient",
-                    "It was frozen after a backward pass; an optimizer that holds it steps it.",
-                    "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does.",
+        for average in scene.averages:
+            if not average.used:
+                continue
+            copies = average.tensors()
+            frozen = [
+                (position, name)
+                for position, name in enumerate(self.baseline.names)
+                if name in copies
+                and position not in changed
+                and not self.baseline.is_buffer(position)
+            ]
+            source = [self.baseline.tensor(position) for position, _ in frozen]
+            before = digests([tensor for tensor in source if tensor is not None])
+            after = digests([copies[name] for _, name in frozen])
+            names = [n for (_, n), old, new in zip(frozen, before, after) if old != new]
+            if names:
+                _, fix = why_average(average.label)
+                seen.append(
+                    Seen(
+                        "frozen-changed",
+                        tuple(names),
+                        f"the copy of {some(names)} that `{average.label}` keeps has changed "
+                        "although frozen",
+                        f"`{average.label}` averages weights, and the average of equal numbers is "
+                        "rounded; it is what validation, checkpoints and the end of the fit get.",
+                        fix,
+                    )
                 )
-            )
-        if states:
-            seen.append(
-                Seen(
-                    "stale-optimizer-state",
-                    tuple(states),
-                    f"{some(states)} is frozen but an optimizer holds it with momentum",
-                    "It trained before it was frozen, and stayed in its parameter group.",
-                    "Remove it from the group and from `optimizer.state`, as `FreezeBackbone` "
-                    "does.",
-                )
-            )
         return seen
 
 
-def _baseline(tensor: Tensor) -> _Baseline:
-    return _Baseline(fingerprint(tensor), tensor._version)
-
-
-def _buffers(index: ModelIndex, paths: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _buffers(index: ModelIndex, paths: Iterable[str]) -> Iterator[tuple[str, Place]]:
     """Buffers that are part of the weights; derived ones (non-persistent) may be recomputed."""
     for path in paths:
-        module = index.modules.get(path)
-        if module is None:
-            continue
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield f"{path}.{name}" if path else name, buffer
+        module = index.modules[path]
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                yield f"{path}.{key}" if path else key, (module, key)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Union
 
 from lightning_freeze.audit.findings import Finding
+from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.certificate import Certificate, Certified
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.timeline import Moment, plot_timeline
 
@@ -24,6 +29,7 @@ class Record:
         frozen: name -> fingerprint of what is frozen now.
         alive: number of trainable tensors that have had a gradient.
         epochs: epochs that have ended.
+        steps_per_round: with slices, how many steps one full round took; 0 without.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -33,6 +39,30 @@ class Record:
     frozen: Mapping[str, str] = field(default_factory=dict)
     alive: int = 0
     epochs: float = 0.0
+    steps_per_round: int = 0
+
+    def take(self, run: AuditRun) -> None:
+        """Take down where a run is."""
+        self.frozen = run.ledger.digests()
+        self.alive = len(run.watch.alive)
+        self.steps_per_round = run.rolling.steps_per_round if run.rolling else 0
+
+    def keep(self, findings: Iterable[Finding], *, by_cause: bool = False) -> list[Finding]:
+        """Add what is new, and return it.
+
+        Args:
+            findings: what was found, by all ranks.
+            by_cause: whether the same tensors with another cause are something new.
+        """
+        known = {_key(finding, by_cause) for finding in self.findings}
+        new: list[Finding] = []
+        for finding in findings:
+            key = _key(finding, by_cause)
+            if key not in known:
+                known.add(key)
+                new.append(finding)
+        self.findings += new
+        return new
 
     def add(self, moment: Moment) -> None:
         """Take down a moment; it replaces one of the same step."""
@@ -61,27 +91,78 @@ class Record:
             codes = ", ".join(sorted({finding.code for finding in self.findings}))
             many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
             return f"Audit: {many} ({codes}) in {self.checks} checks."
+        slices = ""
+        if self.steps_per_round:
+            slices = f" Its slices went round all of them in {self.steps_per_round} steps."
         return (
             f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
             f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
-            f"{self.alive} trainable tensors had gradients."
+            f"{self.alive} trainable tensors had gradients.{slices}"
         )
 
-    def to_dict(self, versions: Mapping[str, str]) -> dict[str, Any]:
+    def certificate(self, run: AuditRun) -> Certificate:
+        """What a run can say of its frozen tensors: fingerprints, and since when."""
+        baseline = run.ledger.baseline
+        frozen = {}
+        for position, (name, digest) in enumerate(self.frozen.items()):
+            tensor = baseline.tensor(position)
+            if tensor is None or hasattr(tensor, "to_local"):  # a shard isn't the tensor
+                continue
+            epoch, step = baseline.since[position]
+            frozen[name] = Certified(
+                fingerprint=digest,
+                kind="buffer" if baseline.is_buffer(position) else "parameter",
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tuple(tensor.shape),
+                epoch=epoch,
+                step=step,
+            )
+        now = self.moments[-1] if self.moments else Moment(0, 0, {})
+        told = {(finding.code, finding.names) for finding in self.findings}
+        untold = [
+            seen.at(now.epoch, now.step, 0)
+            for seen in run.look_at_weights()
+            if (seen.code, seen.names) not in told
+        ]
+        return Certificate(
+            frozen=frozen,
+            epoch=now.epoch,
+            step=now.step,
+            findings=tuple(finding.to_dict() for finding in [*self.findings, *untold]),
+            versions=versions(),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def to_dict(self, run: AuditRun | None) -> dict[str, Any]:
         """The report as plain values."""
         return {
             "format": 1,
             "verdict": self.verdict,
             "clean": not self.findings,
             "checks": self.checks,
+            "steps_per_round": self.steps_per_round,
             "findings": [finding.to_dict() for finding in self.findings],
             "layer_groups": [group.name for group in self.groups],
             "moments": [moment.to_dict() for moment in self.moments],
             "frozen": dict(self.frozen),
-            "versions": dict(versions),
+            "certificate": None if run is None else self.certificate(run).to_dict(),
+            "versions": versions(),
         }
 
     def plot(self, path: Union[str, Path, None] = None) -> Any:
         """Draw which layers trained when, with their learning rates."""
         names = [group.name for group in self.groups]
         return plot_timeline(self.moments, names, path, end=self.epochs or None)
+
+
+def _key(finding: Finding, by_cause: bool) -> tuple[Any, ...]:
+    return finding.code, finding.names, finding.cause if by_cause else ""
+
+
+def versions() -> dict[str, str]:
+    """What was installed, of the libraries that matter here."""
+    found = {}
+    for package in ("lightning-freeze", "torch", "lightning", "pytorch-lightning", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package.replace("-", "_")] = metadata.version(package)
+    return found

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_freeze.audit.baseline import Baseline, Moment
 from lightning_freeze.audit.findings import Seen
+from lightning_freeze.audit.gradients import Why
 from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.layers import LayerGroup, discover
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import whole_groups
@@ -22,55 +25,157 @@ def by_group(groups: Iterable[LayerGroup], names: Iterable[str]) -> dict[str, tu
     return {group: members for group, members in found.items() if members}
 
 
-def without_gradient(groups: Iterable[LayerGroup], names: Iterable[str], steps: int) -> list[Seen]:
-    """One finding per layer group for parameters that waited `steps` steps for a gradient."""
+def without_gradient(
+    groups: Iterable[LayerGroup], names: Iterable[str], steps: int, why: Callable[[str], Why]
+) -> list[Seen]:
+    """Findings for parameters that waited `steps` steps for a gradient: one a group and cause."""
+    found: dict[tuple[str, Why], list[str]] = {}
+    for group, members in by_group(groups, names).items():
+        for name in members:
+            found.setdefault((group, why(name)), []).append(name)
     return [
         Seen(
             "no-gradient",
-            members,
+            tuple(members),
             f"{members[0] if len(members) == 1 else f'{len(members)} tensors of `{group}`'} had "
             f"no gradient for {steps} optimizer steps although trainable",
-            "The loss doesn't depend on it, or its forward runs under `no_grad`.",
-            "Use its output in the loss, or freeze it; raise `dead_after` if it is used rarely.",
+            *reason,
         )
-        for group, members in by_group(groups, names).items()
+        for (group, reason), members in found.items()
     ]
+
+
+class Movement:
+    """Which parameters that train have moved since they began to.
+
+    It holds no copies, and reads nothing any more once each has moved.
+    """
+
+    def __init__(self) -> None:
+        self._began = Baseline()
+        self._moved: frozenset[str] = frozenset()
+
+    def arm(self, parameters: Mapping[str, nn.Parameter], now: Moment) -> None:
+        """Watch these; what is watched already goes on, what isn't among them is forgotten.
+
+        Args:
+            parameters: name -> parameter, of what trains now.
+            now: epoch and optimizer step.
+        """
+        self._moved = self._moved.intersection(parameters)
+        waiting: list[tuple[str, Any]] = [
+            (name, parameter) for name, parameter in parameters.items() if name not in self._moved
+        ]
+        self._began = Baseline.of(waiting, now, self._began)
+
+    def unmoved(self) -> dict[str, int]:
+        """Name -> optimizer step since which it hasn't moved; forgets what has."""
+        moved = set(self._began.changed())
+        self._moved = self._moved.union(self._began.names[position] for position in moved)
+        left = [p for p in range(len(self._began)) if p not in moved]
+        kept = [(self._began.names[p], self._began.tensor(p)) for p in left]
+        places: Any = [(name, tensor) for name, tensor in kept if tensor is not None]
+        self._began = Baseline.of(places, (0, 0), self._began)
+        return {name: step for name, (_, step) in zip(self._began.names, self._began.since)}
 
 
 def not_moved(
     groups: Iterable[LayerGroup],
     parameters: Mapping[str, nn.Parameter],
-    began: Mapping[str, tuple[str, int]],
-    lrs: Mapping[str, float],
+    unmoved: Mapping[str, int],
+    optimizers: Sequence[Optimizer],
     step: int,
     least: int,
 ) -> list[Seen]:
-    """Layer groups of which nothing has moved although everything had gradients.
+    """Parameters that have gradients and yet don't move: one finding a layer group and cause.
+
+    An update that is lost in rounding is told of only if it happens to a whole layer group: that
+    is a learning rate too small for a precision. A single tensor may have a gradient near zero by
+    nature, such as the bias of attention's keys.
 
     Args:
         groups: the layer groups.
         parameters: name -> parameter.
-        began: name -> fingerprint and optimizer step when it began to train, for those that have
-            had a gradient.
-        lrs: name -> learning rate now; at zero nothing is expected to move.
+        unmoved: name -> optimizer step since which it hasn't moved, of those that have had a
+            gradient.
+        optimizers: their learning rates; at zero nothing is expected to move.
         step: optimizer steps so far.
-        least: steps after which a group should have moved.
+        least: steps after which a parameter should have moved.
     """
+    held = {
+        id(parameter): (optimizer, group)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
     seen = []
-    for group, names in by_group(groups, began).items():
-        early = any(step - began[name][1] < least or not lrs.get(name) for name in names)
-        if early or any(fingerprint(parameters[name]) != began[name][0] for name in names):
-            continue
-        seen.append(
-            Seen(
-                "not-updated",
-                names,
-                f"`{group}` has gradients, but none of its {len(names)} tensors has moved",
-                "Its updates are zero or too small for its precision.",
-                "Raise its learning rate, or look for code that zeroes its gradients.",
+    for group in groups:
+        trained = [n for n in group.parameters if id(parameters[n]) in held]
+        stuck: dict[Why, list[str]] = {}
+        for name in trained:
+            optimizer, options = held[id(parameters[name])]
+            if step - unmoved.get(name, step) < least or not options.get("lr"):
+                continue
+            why = _why_unmoved(parameters[name], optimizer, options)
+            if why is not None:
+                stuck.setdefault(why, []).append(name)
+        for why, names in stuck.items():
+            if why is _ROUNDED and len(names) < len(trained):
+                continue
+            whole = len(names) == len(trained)
+            what = (
+                f"`{group.name}` has gradients, but none of its {len(names)} tensors has moved"
+                if whole
+                else f"{', '.join(names)} of `{group.name}` has gradients, but hasn't moved"
             )
-        )
+            seen.append(Seen("not-updated", tuple(names), what, *why))
     return seen
+
+
+_ZERO: Why = (
+    "Its gradient is zero in every element.",
+    "Look for code that zeroes its gradients (a hook, a mask, a factor of 0 in the loss).",
+)
+_ROUNDED: Why = (
+    "Its updates are too small for its precision: they are rounded away.",
+    "Raise its learning rate, or train it in float32.",
+)
+_KEPT: Why = (
+    "Its gradient and learning rate would move it: some code writes it back, or keeps the "
+    "optimizer from stepping it.",
+    "Look for code that restores it, or that skips `optimizer.step`.",
+)
+
+
+def _why_unmoved(
+    parameter: nn.Parameter, optimizer: Optimizer, options: Mapping[str, Any]
+) -> Why | None:
+    """What its gradient says; None where it has none at present."""
+    gradient = parameter.grad
+    if gradient is None:
+        return None
+    gradient = local(gradient)
+    if not bool(gradient.any()):
+        return _ZERO
+    value = local(parameter)
+    size = _step_size(gradient, optimizer.state.get(parameter, {}), options)
+    room = value.abs() * (torch.finfo(value.dtype).eps / 2)
+    return _KEPT if bool((size > 2 * room).any()) else _ROUNDED
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    part = getattr(tensor, "to_local", None)
+    return (part() if callable(part) else tensor).detach()
+
+
+def _step_size(gradient: Tensor, state: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
+    """About how far one step moves each element."""
+    lr = float(options["lr"])
+    first, second = state.get("exp_avg"), state.get("exp_avg_sq")
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return lr * local(first).abs() / (local(second).sqrt() + 1e-8)
+    return lr * gradient.abs()
 
 
 def left_out(
@@ -91,6 +196,8 @@ def left_out(
         for name, parameter in index.parameters.items()
         if (parameter.requires_grad or managed) and id(parameter) not in held
     }
+    if not any(p.requires_grad and id(p) in held for p in index.parameters.values()):
+        return frozenset()  # nothing would train at all: nobody means that
     meant: set[str] = set()
     for group in groups:
         if not out.issuperset(group.parameters):

@@ -11,20 +11,25 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.arguments import call_of, one_of, whole
-from lightning_freeze.audit.checks import GradientWatch, check_optimizers, check_ranks
-from lightning_freeze.audit.findings import Finding, Seen, error_for
-from lightning_freeze.audit.ledger import Declared, Ledger
+from lightning_freeze.audit import trace as looks
+from lightning_freeze.audit.findings import CHANGED, Finding, Seen, error_for
+from lightning_freeze.audit.ledger import Declared
+from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
-from lightning_freeze.audit.unfrozen import left_out, not_moved, without_gradient
+from lightning_freeze.audit.resumed import Resumed
+from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._chronicle import Chronicle
 from lightning_freeze.callbacks._freezing import saved_state, start
+from lightning_freeze.callbacks._neighbours import averages_of, who_runs
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.names import some
-from lightning_freeze.optimizers import learning_rates
-from lightning_freeze.report import Summary, groups_or_children, rows_of, write_json
+from lightning_freeze.report import groups_or_children, write_json
 from lightning_freeze.timeline import Moment
+
+# with several ranks, what slices find is told when all of them come to the same step
+_STEPS_TO_AGREE = 50
 
 
 class TrainableParamAudit(Callback):
@@ -32,17 +37,26 @@ class TrainableParamAudit(Callback):
 
     It compares fingerprints of frozen parameters and buffers, flags, modes, gradients, optimizer
     groups, ties and ranks with what the freezing callbacks declared; alone, with what
-    `requires_grad` says at fit start. It changes nothing.
+    `requires_grad` says at fit start. It changes nothing. What it finds has a cause that was
+    looked for: while a step runs it notes who writes to a frozen tensor.
 
     Args:
         on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn".
-        every: "epoch", "batch", or a number of optimizer steps between two checks; the end of
-            each epoch and each change of the trainable set is always checked.
+            With "warn", a frozen tensor that is found changed at an epoch's end is watched
+            through every batch of the next epoch, to see who changes it.
+        every: "epoch", "batch", a number of optimizer steps between two checks, or "rolling": each
+            step compares a slice of the frozen tensors, sized so that the audit takes at most 1 %
+            of the step's time. The end of each epoch and each change of the trainable set is
+            always checked.
         table: print who trains at fit start and at each change, and the verdict at fit end.
         log_metrics: log the numbers of trainable and frozen parameters to the loggers.
         report: path of a JSON report, written at fit end and when an exception ends the fit.
         dead_after: optimizer steps without a gradient after which a trainable parameter counts
             as dead.
+        certificate: where to write what was frozen, since when and with which fingerprints, at
+            fit end and whenever a checkpoint is saved: a path, True for `certificate.json` beside
+            the checkpoints (nowhere if none are saved), or False. Each checkpoint holds one in any
+            case. `lightning-freeze verify` compares a file with it.
 
     Attributes:
         findings: what it saw in the last fit, as `Finding` objects.
@@ -66,22 +80,25 @@ class TrainableParamAudit(Callback):
         log_metrics: bool = True,
         report: Union[str, os.PathLike[str], None] = None,
         dead_after: int = 10,
+        certificate: Union[bool, str, os.PathLike[str]] = True,
     ) -> None:
         self.on_violation = one_of(on_violation, "on_violation", ("raise", "warn"))
         if isinstance(every, bool) or not isinstance(every, (int, str)):
             every = str(every)
         if isinstance(every, int):
             self.every: Union[str, int] = whole(every, "every", least=1)
-        elif every in ("epoch", "batch"):
+        elif every in ("epoch", "batch", "rolling"):
             self.every = every
         else:
             raise ArgumentError(
-                f'`every` is {every!r}. Write "epoch", "batch" or a number of optimizer steps.'
+                f'`every` is {every!r}. Write "epoch", "batch", "rolling" or a number of '
+                "optimizer steps."
             )
         self.table = table
         self.log_metrics = log_metrics
         self.report = None if report is None else Path(report)
         self.dead_after = whole(dead_after, "dead_after", least=1)
+        self.certificate = certificate if isinstance(certificate, bool) else Path(certificate)
         self._reset()
 
     @property
@@ -91,15 +108,16 @@ class TrainableParamAudit(Callback):
 
     def _reset(self) -> None:
         self._record = Record()
+        self._chronicle = Chronicle(self._record, table=self.table, log_metrics=self.log_metrics)
         self._session: _session.Session | None = None
-        self._ledger: Ledger | None = None
+        self._run: AuditRun | None = None
         self._declared = Declared(frozenset())
-        self._omitted: frozenset[str] = frozenset()
-        self._watch = GradientWatch(self.dead_after)
-        self._began: dict[str, tuple[str, int]] = {}
-        self._queue: list[Seen] = []
+        self._resumed: Resumed | None = None
+        self._hooks: list[Any] = []
+        self._wrapped: frozenset[str] = frozenset()
         self._last_step = 0
-        self._resumed: dict[str, str] = {}
+        self._hunt_ends = -1
+        self._ended = False
 
     @property
     def findings(self) -> list[Finding]:
@@ -117,10 +135,11 @@ class TrainableParamAudit(Callback):
         return self._current().verdict
 
     def _current(self) -> Record:
-        if self._ledger is not None:
-            self._record.frozen = self._ledger.digests()
-            self._record.alive = len(self._watch.alive)
+        if self._run is not None:
+            self._record.take(self._run)
         return self._record
+
+    # before the first batch
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new record."""
@@ -131,23 +150,33 @@ class TrainableParamAudit(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """On a resume: the fingerprints that the frozen tensors had."""
+        """On a resume: what was frozen, with which fingerprints."""
         if trainer.state.fn == TrainerFn.FITTING:
             state = saved_state(self, trainer, checkpoint) or {}
-            self._resumed = dict(state.get("frozen", {}))
+            self._resumed = Resumed.of(state)
             self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
             self._record.checks = state.get("checks", 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Fingerprints of what is frozen, and the record so far."""
-        if self._ledger is None:
+        """A certificate of what is frozen, and the record so far."""
+        if self._run is None:
             return {}
-        record = self._record
+        record = self._current()
         return {
-            "frozen": self._ledger.digests(),
+            "certificate": record.certificate(self._run).to_dict(),
+            "trainable": self._run.ledger.trainable,
             "moments": [moment.to_dict() for moment in record.moments],
             "checks": record.checks,
         }
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the certificate beside the checkpoint."""
+        if self._run is None or self._ended:
+            return
+        self._run.look(looks.SAVED, self._now(trainer))
+        self._certify(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""
@@ -157,9 +186,7 @@ class TrainableParamAudit(Callback):
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
         self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
-        self._omitted = left_out(
-            session.index, self._record.groups, trainer.optimizers, managed=session.managed
-        )
+        self._wrapped = _with_gradient(session)
 
     def _declaration(self) -> Declared:
         session = self._session
@@ -168,235 +195,216 @@ class TrainableParamAudit(Callback):
         if not session.managed or session.applier is None:
             return Declared.by_flags(session.index)
         kept = {id(module) for module in session.applier.quiet}
-        quiet = frozenset(p for p, m in session.index.modules.items() if id(m) in kept)
+        quiet = tuple(p for p, m in session.index.modules.items() if id(m) in kept)
         return Declared(session.plan.frozen, quiet, quiet)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Fingerprint what is frozen: here weights are restored and validated with."""
-        if self._session is None:
+        session = self._session
+        if session is None or session.index is None:
             return
-        self._ledger = Ledger(pl_module, self._declared)
-        changed = [n for n, d in self._ledger.digests().items() if self._resumed.get(n, d) != d]
-        if changed:
-            self._queue.append(
-                Seen(
-                    "resume-mismatch",
-                    tuple(changed),
-                    f"{some(changed)} should be frozen, but differs from the tensor of that name "
-                    "when the checkpoint was saved",
-                    "The checkpoint's weights were changed, or other weights were loaded after it.",
-                    "Resume from the checkpoint as it was written.",
+        run = self._run = AuditRun(
+            pl_module,
+            session.index,
+            self._declared,
+            self._record.groups,
+            lambda: trainer.optimizers,
+            now=self._now(trainer),
+            dead_after=self.dead_after,
+            rolling=self.every == "rolling",
+            omitted=left_out(
+                session.index, self._record.groups, trainer.optimizers, managed=session.managed
+            ),
+            averages=lambda: averages_of(trainer, ended=self._ended),
+            who=lambda after, before: who_runs(trainer, self, after, before),
+        )
+        for optimizer in trainer.optimizers:
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._hooks.append(
+                    optimizer.register_step_post_hook(
+                        lambda o, *_: run.update_ends(o, self._now(trainer))
+                    )
                 )
-            )
-        self._arm(trainer)
-        self._take_down(trainer)
-        self._show(trainer)
-        self._log(trainer)
-        self._check(trainer)
-
-    def _arm(self, trainer: Trainer) -> None:
-        """Begin to watch what trains now."""
-        assert self._ledger is not None
-        index = self._ledger.index
-        held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
-        trains = {
-            name: parameter
-            for name, parameter in index.parameters.items()
-            if name not in self._ledger.declared.frozen and id(parameter) in held
-        }
-        self._watch.arm(trains)
-        self._began = {
-            name: self._began.get(name) or (fingerprint(parameter), trainer.global_step)
-            for name, parameter in trains.items()
-        }
+        self._last_step = trainer.global_step
+        self._chronicle.change(trainer, session, run)
+        self._check(trainer, [] if self._resumed is None else self._resumed.check(run))
 
     def _on_change(self, trainer: Trainer, when: str) -> None:
         """Check what was, then declare what is to be."""
-        if self._ledger is None:
+        session = self._session
+        if session is None:
             return
         if when == "before":
-            self._check(trainer, flags=False)
+            if self._run is not None:
+                self._check(trainer, flags=False)
             return
-        self._declared = self._declaration()
-        self._ledger.declare(self._declared)
-        self._arm(trainer)
-        self._take_down(trainer)
-        self._show(trainer)
-        self._log(trainer)
+        self._wrapped = _with_gradient(session)
+        if self._run is not None:
+            self._declared = self._declaration()
+            self._run.declare(self._declared, self._now(trainer))
+            self._hunt_ends = -1
+            self._chronicle.change(trainer, session, self._run)
+
+    # while it runs
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the learning rates."""
-        if self._session is not None and self._ledger is not None:
+        if self._session is not None and self._run is not None:
             self._session.tick(trainer)
-            self._take_down(trainer)
+            self._run.look(looks.EPOCH, self._now(trainer))
+            self._chronicle.take_down(trainer, self._run)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note what is so before the step."""
+        if self._session is not None and self._run is not None:
+            self._session.tick(trainer)
+            self._run.batch_starts(self._now(trainer))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         """See who has a gradient."""
-        dead = self._watch.before_step(optimizer)
-        if dead:
-            self._queue += without_gradient(self._record.groups, dead, self.dead_after)
+        if self._run is not None:
+            self._run.update_starts(optimizer, self._now(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Check, if it is time."""
-        if self._ledger is None:
+        if self._run is None:
             return
+        self._run.batch_ends(self._now(trainer))
         steps = trainer.global_step - self._last_step
         due = self.every == "batch" or (isinstance(self.every, int) and steps >= self.every)
-        if due or (self._queue and trainer.world_size == 1):
+        due = due or trainer.current_epoch <= self._hunt_ends
+        if trainer.world_size == 1:
+            due = due or self._run.waiting
+        elif self.every == "rolling" and steps >= _STEPS_TO_AGREE:
+            self._last_step = trainer.global_step
+            due = any(from_all_ranks(self._run.waiting))
+        if due:
             self._check(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what is so before a validation."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._run.look(looks.VALIDATION, self._now(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what it has changed."""
+        if self._run is not None and not trainer.sanity_checking:
+            self._run.look(looks.VALIDATED, self._now(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, and see who never moved."""
-        if self._ledger is not None:
-            self._record.epochs = trainer.current_epoch + 1.0
-            self._record.peak(self._group_lrs(trainer))
-            self._queue += self._not_moved(trainer)
+        run = self._run
+        if run is None:
+            return
+        run.look(looks.EPOCH_END, self._now(trainer))
+        self._chronicle.end_epoch(trainer, run)
+        run.check_movement(trainer.global_step)
+        if run.hunting and trainer.current_epoch >= self._hunt_ends:
             self._check(trainer)
+            run.give_up(self._now(trainer))
+            return
+        new = self._check(trainer)
+        if any(finding.code in CHANGED for finding in new):
+            self._hunt_ends = trainer.current_epoch + 1
+            run.hunt(new, self._now(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check a last time, and report."""
-        if self._ledger is not None:
-            try:
-                self._check(trainer)
-            finally:
-                self._write(trainer)
-            if self.table and trainer.is_global_zero:
-                print(self.verdict, flush=True)
+        """Check a last time, all ranks together."""
+        if self._run is not None:
+            self._ended = True
+            self._check(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look once more, behind the other callbacks' last hooks, and report."""
+        run = self._run
+        if run is None:
+            return
+        try:
+            run.look(looks.FIT_END, self._now(trainer))
+            self._judge(trainer, run.look_at_weights(here=True), alone=True)
+        finally:
+            self._finish(trainer)
+        if self.table and trainer.is_global_zero:
+            print(self.verdict, flush=True)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Report what was found until then."""
-        if self._ledger is not None:
-            self._write(trainer)
+        if self._run is not None:
+            self._finish(trainer)
 
-    def _check(self, trainer: Trainer, *, flags: bool = True) -> None:
-        assert self._ledger is not None
-        assert self._session is not None
-        optimizers = trainer.optimizers
-        seen = [*self._queue, *self._ledger.check(optimizers, _averaging(trainer), flags=flags)]
-        self._queue = []
-        if flags:
-            seen += self._check_optimizers(trainer)
+    def _finish(self, trainer: Trainer) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._run is not None:
+            self._run.stop()
+        if self.report is not None and trainer.is_global_zero:
+            write_json(self.report, self.to_dict())
+        self._certify(trainer)
+
+    # what was found
+
+    @staticmethod
+    def _now(trainer: Trainer) -> tuple[int, int]:
+        return trainer.current_epoch, trainer.global_step
+
+    def _check(
+        self, trainer: Trainer, first: list[Seen] | None = None, *, flags: bool = True
+    ) -> list[Finding]:
+        run = self._run
+        assert run is not None
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        seen = (first or []) + run.check(schedulers, flags=flags)
         if trainer.world_size > 1:
-            now = self._ledger.index.parameters
-            digests = from_all_ranks({name: fingerprint(p) for name, p in now.items()})
-            seen += check_ranks(digests) if rank() == 0 else []
+            seen += self._check_ranks(run)
         self._record.checks += 1
         self._last_step = trainer.global_step
-        self._judge(trainer, seen)
+        return self._judge(trainer, seen)
 
-    def _check_optimizers(self, trainer: Trainer) -> list[Seen]:
-        assert self._ledger is not None
-        assert self._session is not None
-        index = self._ledger.index
-        return check_optimizers(
-            index,
-            [name for name, p in index.parameters.items() if p.requires_grad],
-            trainer.optimizers,
-            [config.scheduler for config in trainer.lr_scheduler_configs],
-            lambda name: name not in self._omitted,
-        )
+    def _check_ranks(self, run: AuditRun) -> list[Seen]:
+        mine = digests_of(run.ledger)
+        whole = from_all_ranks(mine.whole)
+        if len(set(whole)) == 1:
+            return []
+        each = from_all_ranks(mine.by_name)
+        return check_ranks(each, set(run.ledger.trainable) - self._wrapped) if rank() == 0 else []
 
-    def _not_moved(self, trainer: Trainer) -> list[Seen]:
-        assert self._ledger is not None
-        index = self._ledger.index
-        return not_moved(
-            self._record.groups,
-            index.parameters,
-            {name: self._began[name] for name in self._began if name in self._watch.alive},
-            learning_rates(index, trainer.optimizers),
-            trainer.global_step,
-            self.dead_after,
-        )
-
-    def _judge(self, trainer: Trainer, seen: list[Seen]) -> None:
-        """Keep what is new, and raise or warn: all ranks together."""
+    def _judge(self, trainer: Trainer, seen: list[Seen], *, alone: bool = False) -> list[Finding]:
+        """Keep what is new, and raise or warn: all ranks together, unless the fit is over."""
         mine = [item.at(trainer.current_epoch, trainer.global_step, rank()) for item in seen]
-        known = {(finding.code, finding.names) for finding in self.findings}
-        new: list[Finding] = []
-        for finding in [f for found in from_all_ranks(mine) for f in found]:
-            if (finding.code, finding.names) not in known:
-                known.add((finding.code, finding.names))
-                new.append(finding)
-        self._record.findings += new
+        every = [mine] if alone else from_all_ranks(mine)
+        hunting = self._run is not None and self._run.hunting
+        new = self._record.keep([f for found in every for f in found], by_cause=hunting)
         if new and self.on_violation == "raise":
             raise error_for(new)
         for finding in new if trainer.is_global_zero else ():
             warnings.warn(str(finding), stacklevel=2)
-
-    def _take_down(self, trainer: Trainer) -> None:
-        lrs = self._group_lrs(trainer)
-        self._record.add(Moment(trainer.current_epoch, trainer.global_step, lrs))
-
-    def _group_lrs(self, trainer: Trainer) -> dict[str, float | None]:
-        assert self._ledger is not None
-        lrs = learning_rates(self._ledger.index, trainer.optimizers)
-        frozen = self._ledger.declared.frozen
-        now: dict[str, float | None] = {}
-        for group in self._record.groups:
-            trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
-            now[group.name] = max(trains) if trains else None
-        return now
-
-    def summary(self, trainer: Trainer, title: str = "") -> Summary:
-        """Who trains now, as a `Summary`."""
-        assert self._ledger is not None
-        rows = rows_of(self._ledger.index, self._record.groups, trainer.optimizers)
-        session = self._session
-        notes: list[str] = []
-        applier = None if session is None else session.applier
-        if applier is not None and applier.woken and not trainer.global_step:
-            woken = applier.woken
-            first = woken[0] or type(trainer.lightning_module).__name__
-            notes.append(
-                f"{len(woken)} modules (from `{first}`"
-                " on) were in eval mode, as `from_pretrained` leaves them, although they train: "
-                "put in train mode."
-            )
-        omitted = sum(row.status == "in no optimizer" for row in rows)
-        if omitted:
-            notes.append(f"{omitted} tensors require a gradient but are in no optimizer.")
-        return Summary(rows, title, tuple(notes))
-
-    def _show(self, trainer: Trainer) -> None:
-        if self.table and trainer.is_global_zero:
-            when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
-            print(f"\n{self.summary(trainer, when)}\n", flush=True)
-
-    def _log(self, trainer: Trainer) -> None:
-        if not self.log_metrics or not trainer.loggers or not trainer.is_global_zero:
-            return
-        assert self._ledger is not None
-        counts = {"trainable": 0, "frozen": 0}
-        for name, parameter in self._ledger.index.parameters.items():
-            frozen = name in self._ledger.declared.frozen
-            counts["frozen" if frozen else "trainable"] += parameter.numel()
-        metrics = {f"freeze/{kind}_parameters": float(n) for kind, n in counts.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
-        import lightning
-        import torch
+        return self._current().to_dict(self._run)
 
-        from lightning_freeze import __version__
+    def _certify(self, trainer: Trainer) -> None:
+        path = self._certificate_path(trainer)
+        if path is not None and self._run is not None and trainer.is_global_zero:
+            write_json(path, self._current().certificate(self._run).to_dict())
 
-        versions = {
-            "lightning_freeze": __version__,
-            "torch": str(torch.__version__),
-            "lightning": lightning.__version__,
-        }
-        return self._current().to_dict(versions)
-
-    def _write(self, trainer: Trainer) -> None:
-        if self.report is not None and trainer.is_global_zero:
-            write_json(self.report, self.to_dict())
+    def _certificate_path(self, trainer: Trainer) -> Path | None:
+        if isinstance(self.certificate, Path):
+            return self.certificate
+        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        if not self.certificate or not folder or "://" in str(folder):
+            return None
+        return Path(folder) / "certificate.json"
 
     def plot(self, path: Union[str, os.PathLike[str], None] = None) -> Any:
         """Draw which layers trained when, with their learning rates.
@@ -410,10 +418,7 @@ class TrainableParamAudit(Callback):
         return self._record.plot(None if path is None else Path(path))
 
 
-def _averaging(trainer: Trainer) -> str:
-    """The name of a callback that averages weights, if there is one."""
-    for callback in _session.callbacks_of(trainer):
-        for kind in type(callback).__mro__:
-            if kind.__name__ in ("WeightAveraging", "StochasticWeightAveraging"):
-                return type(callback).__name__
-    return ""
+def _with_gradient(session: _session.Session) -> frozenset[str]:
+    """What requires a gradient now, when the model is wrapped for several ranks."""
+    parameters = session.index.parameters if session.index is not None else {}
+    return frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)

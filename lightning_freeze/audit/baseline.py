@@ -1,0 +1,256 @@
+"""What frozen tensors were, in 150 bytes each, to compare with.
+
+It holds references and digests, no copies: a name, 16 bytes of digest, a version, an address and
+since when.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Union
+
+from torch import Tensor, nn
+
+from lightning_freeze import accelerator
+from lightning_freeze.digests import SIZE, dense, digests
+
+# a parameter is watched as an object, a buffer where it hangs: it may be assigned anew
+Place = Union[nn.Parameter, tuple[nn.Module, str]]
+Moment = tuple[int, int]
+
+
+class Baseline:
+    """Some tensors as they were when each was frozen.
+
+    Attributes:
+        names: of the tensors.
+        since: (epoch, optimizer step) from which each has had these bytes.
+        versions: their version counters at that time; not every write bumps them.
+    """
+
+    __slots__ = (
+        "_addresses",
+        "_digests",
+        "_on_device",
+        "_parts",
+        "_places",
+        "names",
+        "since",
+        "versions",
+    )
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.since: list[Moment] = []
+        self.versions: list[int] = []
+        self._places: list[Place] = []
+        self._digests = bytearray()
+        self._addresses = array("Q")
+        self._on_device: set[int] = set()
+        self._parts: dict[int, bytes] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def of(
+        cls,
+        places: Iterable[tuple[str, Place]],
+        now: Moment,
+        before: Baseline | None = None,
+        *,
+        parts: bool = False,
+    ) -> Baseline:
+        """Take down some tensors; one that `before` has, too, keeps what it was there.
+
+        Args:
+            places: name and place of each.
+            now: epoch and optimizer step.
+            before: an older baseline.
+            parts: also keep the digests of the chunks of large tensors, to compare by slices.
+        """
+        self = cls()
+        if parts:
+            self._parts = {}
+        for name, place in places:
+            self.names.append(name)
+            self._places.append(place)
+        size = len(self.names)
+        self.since = [now] * size
+        self.versions = [0] * size
+        self._digests = bytearray(SIZE * size)
+        self._addresses = array("Q", bytes(8 * size))
+        kept = self._take_over(before) if before is not None and len(before) else frozenset()
+        for block in _blocks(size):
+            self.renew([position for position in block if position not in kept], now)
+        return self
+
+    def _take_over(self, before: Baseline) -> frozenset[int]:
+        """Copy what an older baseline knows of the same tensors; returns their positions."""
+        old = {name: position for position, name in enumerate(before.names)}
+        kept = set()
+        for position, name in enumerate(self.names):
+            known = old.get(name)
+            if known is None or not _same(before._places[known], self._places[position]):
+                continue
+            kept.add(position)
+            self.since[position] = before.since[known]
+            self.versions[position] = before.versions[known]
+            self._addresses[position] = before._addresses[known]
+            self._digests[position * SIZE : (position + 1) * SIZE] = before.digest(known)
+            if known in before._on_device:
+                self._on_device.add(position)
+            if self._parts is not None and before._parts and known in before._parts:
+                self._parts[position] = before._parts[known]
+        return frozenset(kept)
+
+    def renew(self, positions: Iterable[int], now: Moment) -> None:
+        """Take some of the tensors down as they are now."""
+        pairs = self._present(positions)
+        for position, tensor in pairs:
+            self._on_device.discard(position)
+            if not tensor.is_cpu and accelerator.served(tensor.device):
+                self._on_device.add(position)
+            self.since[position] = now
+            self.versions[position] = versions((tensor,))[0]
+            self._addresses[position] = address(tensor)
+        for (position, _), value in zip(pairs, self._tokens(pairs, self._parts)):
+            self._digests[position * SIZE : (position + 1) * SIZE] = value
+
+    def _present(self, positions: Iterable[int]) -> list[tuple[int, Tensor]]:
+        pairs = [(position, self.tensor(position)) for position in positions]
+        return [(position, tensor) for position, tensor in pairs if tensor is not None]
+
+    def tensor(self, position: int) -> Tensor | None:
+        """A tensor as it is now; None for a buffer that is gone."""
+        place = self._places[position]
+        return place[0]._buffers.get(place[1]) if isinstance(place, tuple) else place
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters among the tensors, which come first."""
+        for place in self._places:
+            if isinstance(place, tuple):
+                return
+            yield place
+
+    def is_buffer(self, position: int) -> bool:
+        """Whether it is a buffer."""
+        return isinstance(self._places[position], tuple)
+
+    def owner(self, position: int) -> nn.Module | None:
+        """The module that a buffer hangs from."""
+        place = self._places[position]
+        return place[0] if isinstance(place, tuple) else None
+
+    def digest(self, position: int) -> bytes:
+        """What a tensor's digest was."""
+        return bytes(self._digests[position * SIZE : (position + 1) * SIZE])
+
+    def read(self, position: int) -> bytes:
+        """What a tensor's digest is now; empty for a buffer that is gone."""
+        tensor = self.tensor(position)
+        return b"" if tensor is None else self._tokens([(position, tensor)])[0]
+
+    def part(self, position: int, number: int) -> bytes | None:
+        """What the digest of one chunk of a large tensor was; None where it wasn't taken down."""
+        parts = (self._parts or {}).get(position)
+        return None if parts is None else parts[number * SIZE : (number + 1) * SIZE]
+
+    def address(self, position: int) -> int:
+        """Where in memory a tensor was."""
+        return self._addresses[position]
+
+    def here(self, position: int) -> bool:
+        """Whether a tensor was in this process's memory, and not on an accelerator."""
+        return position not in self._on_device
+
+    def fingerprints(self) -> list[str]:
+        """The canonical fingerprint of each; what is on an accelerator is read anew."""
+        away = sorted(self._on_device)
+        tensors = [self.tensor(position) for position in away]
+        known = digests([t for t in tensors if t is not None], lambda p: self.names[away[p]])
+        fresh = dict(zip([p for p, t in zip(away, tensors) if t is not None], known))
+        return [fresh.get(p, self.digest(p)).hex() for p in range(len(self.names))]
+
+    def changed(self, positions: Iterable[int] | None = None) -> list[int]:
+        """Positions of the tensors whose dtype, shape or bytes aren't what they were."""
+        if positions is not None:
+            pairs = self._present(positions)
+            tokens = self._tokens(pairs)
+            return [p for (p, _), value in zip(pairs, tokens) if value != self.digest(p)]
+        found: list[int] = []
+        for block in _blocks(len(self.names)):
+            tensors = [
+                place[0]._buffers.get(place[1]) if type(place) is tuple else place
+                for place in self._places[block.start : block.stop]
+            ]
+            if self._on_device or any(tensor is None for tensor in tensors):
+                found += self.changed(block)
+                continue
+            name = partial(self._name, block.start)
+            now = b"".join(digests(tensors, name))  # type: ignore[arg-type]
+            if now != self._digests[block.start * SIZE : block.stop * SIZE]:
+                found += [
+                    position
+                    for i, position in enumerate(block)
+                    if now[i * SIZE : (i + 1) * SIZE] != self.digest(position)
+                ]
+        return found
+
+    def _name(self, start: int, offset: int) -> str:
+        return self.names[start + offset]
+
+    def _tokens(
+        self, pairs: Sequence[tuple[int, Tensor]], parts: dict[int, bytes] | None = None
+    ) -> list[bytes]:
+        """Digests of the kind that was taken down, also if a tensor has moved since."""
+        here = [(i, t) for i, (p, t) in enumerate(pairs) if p not in self._on_device]
+        found = [b""] * len(pairs)
+        own: dict[int, bytes] | None = None if parts is None else {}
+        known = digests([t for _, t in here], lambda p: self.names[pairs[here[p][0]][0]], own)
+        for (index, _), value in zip(here, known):
+            found[index] = value
+        if parts is not None and own is not None:
+            parts.update((pairs[here[p][0]][0], value) for p, value in own.items())
+        by_device: dict[str, list[tuple[int, Tensor]]] = {}
+        for index, (position, tensor) in enumerate(pairs):
+            if position not in self._on_device:
+                continue
+            flat = dense(tensor, lambda: "a tensor", here=False)
+            if isinstance(flat, bytes):
+                found[index] = flat
+            else:
+                by_device.setdefault(str(flat.device), []).append((index, flat))
+        for group in by_device.values():
+            for (index, _), value in zip(group, accelerator.reduced([t for _, t in group])):
+                found[index] = value
+        return found
+
+
+def _blocks(size: int, of: int = 1024) -> Iterator[range]:
+    """So many positions at a time, so that what is made on the way stays small."""
+    return (range(start, min(start + of, size)) for start in range(0, size, of))
+
+
+def _same(before: Place, now: Place) -> bool:
+    if isinstance(before, tuple) and isinstance(now, tuple):
+        return before[0] is now[0]
+    return before is now
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """The version counter of each tensor; 0 for an inference tensor, which has none."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; 0 where it has none of its own."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return 0

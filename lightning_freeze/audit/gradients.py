@@ -1,0 +1,197 @@
+"""Does what trains get gradients? Who has waited too long, and why: its forward pass is looked at.
+
+Reasons are from public threads: huggingface/transformers issues 23170 and 26221 (reentrant
+checkpointing), haotian-liu/LLaVA issue 1173 (`no_grad`), huggingface/trl issue 1936 (an output
+that nothing uses), pytorch/pytorch issue 139476 (a compiled graph).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from lightning_freeze.names import ModelIndex
+
+Why = tuple[str, str]
+
+_USE_IT = "Use its output in the loss, or freeze it; raise `dead_after` if it is used rarely."
+
+
+@dataclass
+class GradientWatch:
+    """Which parameters that train have had a gradient, and how long the others have waited.
+
+    It costs nothing once each has had one.
+
+    Attributes:
+        dead_after: optimizer steps without a gradient after which one counts as dead.
+    """
+
+    dead_after: int
+    _waiting: dict[str, list[Any]] = field(default_factory=dict)
+    _alive: set[str] = field(default_factory=set)
+
+    def arm(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Watch these from now on; what had a gradient before isn't waited for again."""
+        self._alive.intersection_update(parameters)
+        self._waiting = {
+            name: self._waiting.get(name) or [parameter, 0]
+            for name, parameter in parameters.items()
+            if name not in self._alive
+        }
+
+    def before_step(self, optimizer: Optimizer) -> list[str]:
+        """Look at the gradients before a step; returns who has just been found dead."""
+        if not self._waiting:
+            return []
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        dead = []
+        for name, entry in list(self._waiting.items()):
+            if id(entry[0]) not in held:
+                continue
+            if entry[0].grad is not None:
+                self._alive.add(name)
+                del self._waiting[name]
+            else:
+                entry[1] += 1
+                if entry[1] == self.dead_after:
+                    dead.append(name)
+        return dead
+
+    def nearly_dead(self) -> list[str]:
+        """Those that will be found dead at the next step unless they get a gradient in it."""
+        return [name for name, entry in self._waiting.items() if entry[1] == self.dead_after - 1]
+
+    @property
+    def alive(self) -> frozenset[str]:
+        """Names that have had a gradient since they began to train."""
+        return frozenset(self._alive)
+
+
+@dataclass
+class _Calls:
+    """What was seen of a module's forward passes."""
+
+    count: int = 0
+    with_gradient: int = 0
+    checkpointed: int = 0
+
+
+class Probe:
+    """Looks at the forward passes of modules whose parameters get no gradient.
+
+    Forward hooks are on the modules until `stop`; nothing else is changed.
+
+    Example:
+        >>> model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
+        >>> probe = Probe(ModelIndex.of(model), ["used.weight", "unused.weight"])
+        >>> with torch.no_grad():
+        ...     _ = model["used"](torch.ones(1, 2))
+        >>> probe.stop()
+        >>> probe.why("used.weight")[0]
+        'Its forward pass runs under `torch.no_grad()`.'
+        >>> probe.why("unused.weight")[0]
+        'Its module is never called in the forward pass.'
+    """
+
+    def __init__(self, index: ModelIndex, names: Iterable[str], fresh: Iterable[str] = ()) -> None:
+        """Begin to look.
+
+        Args:
+            index: the model.
+            names: parameters that have had no gradient.
+            fresh: names of those that were frozen when the fit began.
+        """
+        self._calls: dict[str, _Calls] = {}
+        self._handles: list[RemovableHandle] = []
+        self._compiled: set[str] = set()
+        self._fresh = frozenset(fresh)
+        compiled = [path for path, m in index.modules.items() if _is_compiled(m)]
+        for path in dict.fromkeys(index.owner(name) for name in names):
+            around = [c for c in compiled if not c or path == c or path.startswith(c + ".")]
+            if around:  # a hook would break its graph
+                self._compiled.add(path)
+                continue
+            calls = self._calls[path] = _Calls()
+            self._handles.append(index.modules[path].register_forward_hook(_noting(calls)))
+
+    def stop(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def why(self, name: str) -> Why:
+        """The cause and the fix for one parameter."""
+        path = name.rpartition(".")[0]
+        if path in self._compiled and name in self._fresh:
+            return (
+                "It was unfrozen after `torch.compile` had made its graph, which may still be "
+                "used as it was.",
+                "Call `torch._dynamo.reset()` when layers unfreeze, or compile after it.",
+            )
+        calls = self._calls.get(path)
+        if calls is None:
+            return ("The loss doesn't depend on it, or its forward runs under `no_grad`.", _USE_IT)
+        if not calls.count:
+            return ("Its module is never called in the forward pass.", _USE_IT)
+        if calls.with_gradient:
+            return (
+                "Its module is called, but the loss doesn't depend on its output: the output is "
+                "unused or detached.",
+                _USE_IT,
+            )
+        if calls.checkpointed:
+            return (
+                "Its forward pass is checkpointed in the reentrant way, which computes gradients "
+                "only if an input requires one, and no input of it does.",
+                "Use `use_reentrant=False`, or let the inputs require gradients "
+                "(`model.enable_input_require_grads()`).",
+            )
+        return (
+            "Its forward pass runs under `torch.no_grad()`.",
+            "Take the `no_grad` (`inference_mode`, `detach`) away from around it, or freeze it.",
+        )
+
+
+def _noting(calls: _Calls) -> Any:
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        calls.count += 1
+        if torch.is_grad_enabled():
+            calls.with_gradient += 1
+        elif _in_reentrant_checkpoint():
+            calls.checkpointed += 1
+
+    return note
+
+
+def _in_reentrant_checkpoint() -> bool:
+    """Whether `CheckpointFunction.forward` is among the callers."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_filename.endswith("checkpoint.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def of_all_held(names: Iterable[str], index: ModelIndex, optimizers: Iterable[Optimizer]) -> str:
+    """The class of an optimizer of which everything is among some names; or an empty text."""
+    ids = {id(index.parameters[name]) for name in names}
+    for optimizer in optimizers:
+        held: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        if held and all(id(p) in ids for p in held):
+            return type(optimizer).__name__
+    return ""

@@ -1,0 +1,95 @@
+"""A resumed fit -> does it go on with what the checkpoint's fit had?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_freeze.audit.findings import Seen
+from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.certificate import Certificate
+from lightning_freeze.names import some
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What an audit said of itself in a checkpoint.
+
+    Attributes:
+        certificate: of what was frozen.
+        trainable: names of what trained.
+    """
+
+    certificate: Certificate
+    trainable: frozenset[str]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Resumed | None:
+        """Read a callback's state; None if it holds nothing of an audit."""
+        if "certificate" not in state:
+            return None
+        certificate = Certificate.from_dict(state["certificate"], "the checkpoint")
+        return cls(certificate, frozenset(state.get("trainable", ())))
+
+    def check(self, run: AuditRun) -> list[Seen]:
+        """Compare with a run that has just begun, which then knows since when it is frozen."""
+        return self._bytes(run) + self._set(run)
+
+    def _bytes(self, run: AuditRun) -> list[Seen]:
+        baseline = run.ledger.baseline
+        changed = []
+        for position, (name, digest) in enumerate(run.ledger.digests().items()):
+            saved = self.certificate.frozen.get(name)
+            if saved is None:
+                continue
+            if saved.fingerprint == digest:
+                baseline.since[position] = (saved.epoch, saved.step)
+            else:
+                changed.append(name)
+        if not changed:
+            return []
+        return [
+            Seen(
+                "resume-mismatch",
+                tuple(changed),
+                f"{some(changed)} should be frozen, but differs from the tensor of that name "
+                "when the checkpoint was saved",
+                "The checkpoint's weights were changed, or other weights were loaded after it.",
+                "Resume from the checkpoint as it was written.",
+            )
+        ]
+
+    def _set(self, run: AuditRun) -> list[Seen]:
+        frozen = run.ledger.declared.frozen
+        trains = set(run.ledger.trainable)
+        before = {n for n, tensor in self.certificate.frozen.items() if tensor.kind == "parameter"}
+        lost = sorted(before & trains)
+        gained = sorted(self.trainable & frozen)
+        cause = "This run freezes otherwise than the one that wrote the checkpoint"
+        fix = (
+            "Use the callbacks and the freezing code of the run that wrote it; if you want another "
+            "phase, load the weights alone (`load_from_checkpoint`) and `fit` without `ckpt_path`."
+        )
+        found = []
+        if lost:
+            found.append(
+                Seen(
+                    "resume-mismatch",
+                    tuple(lost),
+                    f"{some(lost)} was frozen when the checkpoint was saved, and trains now",
+                    f"{cause}: its freeze was lost.",
+                    fix,
+                )
+            )
+        if gained:
+            found.append(
+                Seen(
+                    "resume-mismatch",
+                    tuple(gained),
+                    f"{some(gained)} trained when the checkpoint was saved, and is frozen now",
+                    f"{cause}: what had been unfrozen is frozen again.",
+                    fix,
+                )
+            )
+        return found

@@ -1,0 +1,306 @@
+"""One audit of one fit: what is looked at when. It knows the clock, and no Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_freeze.audit import trace as looks
+from lightning_freeze.audit.baseline import Moment
+from lightning_freeze.audit.findings import CHANGED, Finding, Seen
+from lightning_freeze.audit.gradients import GradientWatch, Probe, of_all_held
+from lightning_freeze.audit.holdings import check_optimizers, held_by, hidden
+from lightning_freeze.audit.ledger import Declared, Ledger
+from lightning_freeze.audit.rolling import Pace, Rolling
+from lightning_freeze.audit.scene import Average, Scene, nobody
+from lightning_freeze.audit.unfrozen import Movement, not_moved, without_gradient
+from lightning_freeze.layers import LayerGroup
+from lightning_freeze.names import ModelIndex
+
+# shares of a step's time: noting who writes, and comparing slices
+_FOR_NOTES = 0.003
+_FOR_SLICES = 0.006
+# notes that take no longer than this are always taken, unless a share is asked for
+_ALWAYS = 2e-4
+
+
+class AuditRun:
+    """What is compared in one fit, and what has been noted.
+
+    Attributes:
+        ledger: the frozen side.
+        watch: gradients of the unfrozen side.
+        rolling: the slices, if they are asked for.
+        averages: gives the averaged copies of the model that callbacks keep.
+        who: says which code runs between two looks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        index: ModelIndex,
+        declared: Declared,
+        groups: Sequence[LayerGroup],
+        optimizers: Callable[[], Sequence[Optimizer]],
+        *,
+        now: Moment,
+        dead_after: int,
+        rolling: bool = False,
+        omitted: frozenset[str] = frozenset(),
+        averages: Callable[[], Sequence[Average]] = tuple,
+        who: Callable[[str, str], str] = nobody,
+    ) -> None:
+        """Take the model down.
+
+        Args:
+            model: any module.
+            index: its names.
+            declared: what is frozen.
+            groups: its layer groups.
+            optimizers: gives those of the loop.
+            now: epoch and optimizer step.
+            dead_after: steps without a gradient after which a trainable parameter counts as dead.
+            rolling: compare a slice at each step.
+            omitted: names that no optimizer needs to hold.
+            averages: gives averaged copies.
+            who: says which code runs between two looks.
+        """
+        self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
+        self.watch = GradientWatch(dead_after)
+        self.averages = averages
+        self.who = who
+        self.rolling = Rolling(self.ledger.baseline) if rolling else None
+        self._groups = groups
+        self._optimizers = optimizers
+        self._omitted = omitted
+        self._started = index
+        self._once_held = frozenset(
+            index.name_of[key] for key in held_by(optimizers()) if key in index.name_of
+        )
+        self._frozen_first = declared.frozen
+        self._movement = Movement()
+        self._trace = looks.Trace()
+        self._notes, self._slices = Pace(_FOR_NOTES), Pace(_FOR_SLICES)
+        self._cost_of_notes = 0.0
+        self._noting = True
+        self._owed = 2
+        self._step_began = 0.0
+        self._spent = 0.0
+        self._probe: Probe | None = None
+        self._queue: list[Seen] = []
+        self._hunted: frozenset[str] = frozenset()
+        self._looked_for_hidden = False
+        self._arm(now)
+        self._begin(looks.FIT, now)
+
+    @property
+    def scene(self) -> Scene:
+        """What can be looked at for causes."""
+        return Scene(self._optimizers(), self._trace, self.averages(), self.who, self.ledger.shared)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something was seen that hasn't been told yet."""
+        return bool(self._queue)
+
+    @property
+    def hunting(self) -> bool:
+        """Whether some tensors are read at every look, to see who writes them."""
+        return bool(self._hunted)
+
+    def _begin(self, label: str, now: Moment) -> None:
+        ledger = self.ledger
+        self._trace.begin(ledger.baseline, ledger.index.parameters, ledger.quiet, label, now)
+        self._owed = 2
+        if self.rolling is not None:
+            self.rolling.begin(ledger.baseline)
+
+    def declare(self, declared: Declared, now: Moment) -> None:
+        """Something froze or unfroze."""
+        self.ledger.declare(declared, now)
+        self._hunted = frozenset()
+        self._stop_probe()
+        self._arm(now)
+        self._begin(looks.EPOCH, now)
+
+    def _arm(self, now: Moment) -> None:
+        """Watch what trains now and what an optimizer holds."""
+        held = held_by(self._optimizers())
+        index = self.ledger.index
+        trains = {
+            name: parameter
+            for name, parameter in index.parameters.items()
+            if name not in self.ledger.declared.frozen and id(parameter) in held
+        }
+        self.watch.arm(trains)
+        self._movement.arm(trains, now)
+
+    # the parts of a step
+
+    def batch_starts(self, now: Moment) -> None:
+        """Before a batch's forward pass."""
+        began = perf_counter()
+        self._noting = self._owed > 0 or self.hunting or self._notes.credit >= self._cost_of_notes
+        if self._noting:
+            self._owed -= 1
+            self._trace.look(looks.START, now)
+        else:
+            self._trace.skip(now)
+        dying = self.watch.nearly_dead()
+        if dying and self._probe is None:
+            index = self.ledger.index
+            self._probe = Probe(index, dying, self._frozen_first.intersection(dying))
+        self._spent = perf_counter() - began
+
+    def update_starts(self, optimizer: Optimizer, now: Moment) -> None:
+        """Before an optimizer changes anything."""
+        began = perf_counter()
+        dead = self.watch.before_step(optimizer)
+        if dead:
+            self._tell_of_dead(dead)
+        if self._noting:
+            self._trace.before_update(optimizer, now)
+        self._spent += perf_counter() - began
+
+    def update_ends(self, optimizer: Optimizer, now: Moment) -> None:
+        """After it."""
+        if self._noting:
+            began = perf_counter()
+            self._trace.after_update(optimizer, now)
+            self._spent += perf_counter() - began
+
+    def batch_ends(self, now: Moment) -> None:
+        """After a batch; compares a slice, if slices are asked for."""
+        began = perf_counter()
+        if self._noting:
+            self._trace.look(looks.END, now)
+            self._trace.look_at_flags(looks.END, now)
+        ended = perf_counter()
+        self._spent += ended - began
+        if self._step_began:
+            step = max(0.0, ended - self._step_began - self._spent)
+            self._notes.step(step)
+            self._slices.step(step)
+        if self._noting:
+            self._cost_of_notes = self._spent
+            self._notes.spend(self._spent)
+        self._step_began = ended
+        if self.rolling is not None and self._slices.credit > 0:
+            changed = self.rolling.advance(self._slices.credit)
+            if changed:
+                self._queue += self.ledger.changes(changed, self.scene, self.ledger.now())
+            self._step_began = perf_counter()
+            self._slices.spend(self._step_began - ended)
+
+    def look(self, label: str, now: Moment) -> None:
+        """At any other place of the loop."""
+        self._trace.look(label, now)
+        self._trace.look_at_flags(label, now)
+        self._step_began = 0.0  # what went on since the last batch was no step
+
+    def asleep(self) -> list[str]:
+        """Paths of modules with dropout that are in eval mode although they train."""
+        index = self.ledger.index
+        found = []
+        for path, module in index.modules.items():
+            if module.training or not isinstance(module, nn.modules.dropout._DropoutNd):
+                continue
+            around = index.owner(path)
+            if not module.p or index.modules[around].training:
+                continue  # this one alone was put to sleep: somebody's decision
+            if any(index.parameters[n].requires_grad for n in index.within(index.modules[around])):
+                found.append(path)
+        return found
+
+    # what is told
+
+    def look_at_weights(self, *, here: bool = False) -> list[Seen]:
+        """Frozen tensors that aren't what they were.
+
+        Args:
+            here: leave out what was on an accelerator: a fit's end moves it off.
+        """
+        ledger = self.ledger
+        baseline = ledger.baseline
+        positions = [p for p in range(len(baseline)) if baseline.here(p)] if here else None
+        return ledger.changes(baseline.changed(positions), self.scene, ledger.now())
+
+    def check(self, schedulers: Iterable[Any] = (), *, flags: bool = True) -> list[Seen]:
+        """Compare everything; what was seen on the way comes first.
+
+        Args:
+            schedulers: of the loop.
+            flags: also look at flags, modes and optimizers; they may be in between two states.
+        """
+        seen = self._queue + self.ledger.check(self.scene, flags=flags)
+        self._queue = []
+        if flags:
+            index = self.ledger.now()
+            seen += check_optimizers(
+                index,
+                self.ledger.trainable if index is self.ledger.index else self._trains_in(index),
+                self._optimizers(),
+                schedulers,
+                lambda name: name not in self._omitted,
+                groups=self._groups,
+                started=self._started,
+                once_held=self._once_held,
+            )
+        return seen
+
+    def _trains_in(self, index: ModelIndex) -> list[str]:
+        frozen = self.ledger.declared.frozen
+        return [n for n, p in index.parameters.items() if p.requires_grad and n not in frozen]
+
+    def check_movement(self, step: int) -> None:
+        """At an epoch's end: see what has gradients and doesn't move, and what is hidden."""
+        alive = self.watch.alive
+        self._queue += not_moved(
+            self._groups,
+            self.ledger.index.parameters,
+            {name: since for name, since in self._movement.unmoved().items() if name in alive},
+            self._optimizers(),
+            step,
+            self.watch.dead_after,
+        )
+        if not self._looked_for_hidden:
+            self._looked_for_hidden = True
+            self._queue += hidden(self.ledger.model, self._optimizers())
+
+    def hunt(self, found: Iterable[Finding], now: Moment) -> None:
+        """Something changed: from now on see at every look who changes it again."""
+        names = {name for item in found if item.code in CHANGED for name in item.names}
+        baseline = self.ledger.baseline
+        positions = [p for p, name in enumerate(baseline.names) if name in names]
+        baseline.renew(positions, now)
+        self._begin(looks.EPOCH, now)
+        self._hunted = frozenset(names)
+        self._trace.suspect(names)
+
+    def give_up(self, now: Moment) -> None:
+        """The hunt's epoch is over."""
+        self._hunted = frozenset()
+        self._begin(looks.EPOCH_END, now)
+
+    def _tell_of_dead(self, dead: list[str]) -> None:
+        probe = self._probe or Probe(self.ledger.index, ())
+        holder = of_all_held(dead, self.ledger.index, self._optimizers())
+        for seen in without_gradient(self._groups, dead, self.watch.dead_after, probe.why):
+            if holder:
+                cause = f"Nothing that {holder} holds has one. {seen.cause}"
+                seen = Seen(seen.code, seen.names, seen.message, cause, seen.fix)
+            self._queue.append(seen)
+        self._stop_probe()
+
+    def _stop_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.stop()
+            self._probe = None
+
+    def stop(self) -> None:
+        """Leave the model as it was found."""
+        self._stop_probe()

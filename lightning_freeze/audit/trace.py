@@ -1,0 +1,248 @@
+"""Who wrote to a frozen tensor, and when: noted while it happens.
+
+At an epoch's end a changed tensor doesn't tell who changed it. So versions and flags of frozen
+tensors, and gradients of those that an optimizer holds, are looked at between the parts of a step.
+That takes well under a microsecond a tensor; bytes are read only where something is odd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_freeze.audit.baseline import Baseline, Moment, versions
+
+# where a look is taken; a write is known to have been between two of them
+START = "a batch's start"
+UPDATE = "the optimizer's update"
+UPDATED = "the end of the optimizer's update"
+END = "a batch's end"
+VALIDATION = "a validation's start"
+VALIDATED = "a validation's end"
+SAVED = "a checkpoint"
+EPOCH = "an epoch's start"
+EPOCH_END = "an epoch's end"
+FIT = "the fit's start"
+FIT_END = "the fit's end"
+SKIPPED = "an earlier step"
+
+
+@dataclass(frozen=True)
+class Update:
+    """A frozen tensor was written while an optimizer stepped.
+
+    Attributes:
+        optimizer: its class.
+        gradient: what the tensor had then: "none", "zero", or "some".
+        flag: whether it required a gradient then.
+        at: epoch and optimizer step before it.
+    """
+
+    optimizer: str
+    gradient: str
+    flag: bool
+    at: Moment
+
+
+@dataclass(frozen=True)
+class Write:
+    """A frozen tensor was written at some other time.
+
+    Attributes:
+        after: the last look at which it was as before.
+        before: the look at which it wasn't.
+        silent: whether its version didn't tell, so that it went past autograd.
+        at: epoch and optimizer step of the earlier look.
+    """
+
+    after: str
+    before: str
+    silent: bool
+    at: Moment
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A flag or a mode changed between two looks."""
+
+    after: str
+    before: str
+    at: Moment
+
+
+class Trace:
+    """Notes on one baseline.
+
+    Attributes:
+        updates: name -> the first update that wrote it.
+        writes: name -> the first other write.
+        flips: name of a parameter -> when its flag changed.
+        modes: path of a module -> when its mode changed.
+        stepped: classes of the optimizers that have stepped.
+        complete: whether no step went by unwatched.
+    """
+
+    def __init__(self) -> None:
+        self.updates: dict[str, Update] = {}
+        self.writes: dict[str, Write] = {}
+        self.flips: dict[str, Flip] = {}
+        self.modes: dict[str, Flip] = {}
+        self.stepped: set[str] = set()
+        self.complete = True
+        self._baseline = Baseline()
+        self._frozen: list[Tensor] = []
+        self._versions: list[int] = []
+        self._flags = b""
+        self._modes = b""
+        self._parameters: Mapping[str, nn.Parameter] = {}
+        self._quiet: Mapping[str, nn.Module] = {}
+        self._last = (FIT, (0, 0))
+        self._last_flags = (FIT, (0, 0))
+        self._held: dict[int, tuple[tuple[int, ...], list[int]]] = {}
+        self._odd: dict[int, tuple[str, bytes]] = {}
+        self._suspects: dict[int, bytes] = {}
+
+    def begin(
+        self,
+        baseline: Baseline,
+        parameters: Mapping[str, nn.Parameter],
+        quiet: Mapping[str, nn.Module],
+        label: str,
+        now: Moment,
+    ) -> None:
+        """Start to watch what is frozen from now on.
+
+        Args:
+            baseline: the frozen tensors, parameters first.
+            parameters: all parameters, whose flags are watched.
+            quiet: the modules whose modes are.
+            label: where we are.
+            now: epoch and optimizer step.
+        """
+        names = set(baseline.names)
+        self.updates = {name: note for name, note in self.updates.items() if name in names}
+        self.writes = {name: note for name, note in self.writes.items() if name in names}
+        self.complete = True
+        self.stepped.clear()
+        self.flips.clear()
+        self.modes.clear()
+        self._held.clear()
+        self._odd.clear()
+        self._suspects.clear()
+        self._baseline = baseline
+        self._parameters = parameters
+        self._quiet = quiet
+        present = [baseline.tensor(position) for position in range(len(baseline))]
+        self._frozen = [tensor for tensor in present if tensor is not None]
+        self._versions = versions(self._frozen)
+        self._flags = bytes([parameter.requires_grad for parameter in parameters.values()])
+        self._modes = bytes([module.training for module in quiet.values()])
+        self._last = self._last_flags = (label, now)
+
+    def suspect(self, names: Iterable[str]) -> None:
+        """Read these at every look from now on, to see who writes them even past autograd."""
+        wanted = set(names)
+        for position, name in enumerate(self._baseline.names):
+            if name in wanted:
+                self._suspects[position] = self._baseline.read(position)
+                self.updates.pop(name, None)
+                self.writes.pop(name, None)
+
+    @property
+    def hunting(self) -> bool:
+        """Whether some tensors are read at every look."""
+        return bool(self._suspects)
+
+    def look(self, label: str, now: Moment) -> None:
+        """See which frozen tensors were written since the last look."""
+        fresh = versions(self._frozen)
+        if fresh != self._versions:
+            for position, (old, new) in enumerate(zip(self._versions, fresh)):
+                if old != new:
+                    self._note(position, label, silent=False)
+            self._versions = fresh
+        for position, value in self._suspects.items():
+            found = self._baseline.read(position)
+            if found != value:
+                self._suspects[position] = found
+                self._note(position, label, silent=True)
+        self._last = (label, now)
+
+    def _note(self, position: int, label: str, *, silent: bool) -> None:
+        after, at = self._last
+        name = self._baseline.names[position]
+        self.writes.setdefault(name, Write(after, label, silent, at))
+
+    def look_at_flags(self, label: str, now: Moment) -> None:
+        """See which flags and modes changed since the last look at them."""
+        after, at = self._last_flags
+        flags = bytes([parameter.requires_grad for parameter in self._parameters.values()])
+        if flags != self._flags:
+            for name, old, new in zip(self._parameters, self._flags, flags):
+                if old != new:
+                    self.flips[name] = Flip(after, label, at)
+            self._flags = flags
+        modes = bytes([module.training for module in self._quiet.values()])
+        if modes != self._modes:
+            for path, old, new in zip(self._quiet, self._modes, modes):
+                if old != new:
+                    self.modes[path] = Flip(after, label, at)
+            self._modes = modes
+        self._last_flags = (label, now)
+
+    def before_update(self, optimizer: Optimizer, now: Moment) -> None:
+        """Just before an optimizer changes what it holds."""
+        self.look(UPDATE, now)
+        self._odd.clear()
+        kind = type(optimizer)
+        first = kind.__name__ not in self.stepped and not kind.__module__.startswith("torch.optim")
+        for position in self._held_by(optimizer):
+            gradient = self._frozen[position].grad
+            if gradient is None and not first:
+                continue
+            state = "none" if gradient is None else "some" if gradient.any() else "zero"
+            self._odd[position] = (state, self._baseline.read(position))
+
+    def after_update(self, optimizer: Optimizer, now: Moment) -> None:
+        """Just after it: what it holds and what has changed was changed by it."""
+        kind = type(optimizer).__name__
+        self.stepped.add(kind)
+        fresh = versions(self._frozen)
+        written = {p for p, (_, value) in self._odd.items() if self._baseline.read(p) != value}
+        if fresh != self._versions:
+            held = self._held_by(optimizer)
+            written.update(p for p in held if fresh[p] != self._versions[p])
+        _, at = self._last
+        for position in written:
+            gradient = self._odd.get(position, ("none", b""))[0]
+            flag = self._frozen[position].requires_grad
+            name = self._baseline.names[position]
+            self.updates.setdefault(name, Update(kind, gradient, flag, at))
+            self._versions[position] = fresh[position]
+            if position in self._suspects:
+                self._suspects[position] = self._baseline.read(position)
+        self._odd.clear()
+        self.look(UPDATED, now)
+
+    def skip(self, now: Moment) -> None:
+        """A step goes by without looks: what is found after it was written at some time in it."""
+        self._last = (SKIPPED, now)
+        self.complete = False
+
+    def _held_by(self, optimizer: Optimizer) -> list[int]:
+        """Positions of the frozen tensors that an optimizer holds."""
+        lengths = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._held.get(id(optimizer))
+        if known is None or known[0] != lengths:
+            of = {id(tensor): position for position, tensor in enumerate(self._frozen)}
+            held = [
+                of[id(parameter)]
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if id(parameter) in of
+            ]
+            known = self._held[id(optimizer)] = (lengths, held)
+        return known[1]

@@ -1,0 +1,82 @@
+"""Takes down who trains when, at which learning rate: table, loggers, timeline."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_freeze.audit.record import Record
+from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._session import Session
+from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.report import Summary, rows_of
+from lightning_freeze.timeline import Moment
+
+
+class Chronicle:
+    """Writes one fit's record, prints its tables and logs its counts."""
+
+    def __init__(self, record: Record, *, table: bool, log_metrics: bool) -> None:
+        self._record = record
+        self._table = table
+        self._log_metrics = log_metrics
+
+    def change(self, trainer: Trainer, session: Session, run: AuditRun) -> None:
+        """Take down, show and log who trains from now on."""
+        self.take_down(trainer, run)
+        if self._table and trainer.is_global_zero:
+            when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
+            print(f"\n{self._summary(trainer, session, run, when)}\n", flush=True)
+        if self._log_metrics and trainer.loggers and trainer.is_global_zero:
+            self._log(trainer, run)
+
+    def take_down(self, trainer: Trainer, run: AuditRun) -> None:
+        """Take down a moment."""
+        lrs = self._lrs(trainer, run)
+        self._record.add(Moment(trainer.current_epoch, trainer.global_step, lrs))
+
+    def end_epoch(self, trainer: Trainer, run: AuditRun) -> None:
+        """Raise the last moment's learning rates to those of its epoch's end."""
+        self._record.epochs = trainer.current_epoch + 1.0
+        self._record.peak(self._lrs(trainer, run))
+
+    def _lrs(self, trainer: Trainer, run: AuditRun) -> dict[str, float | None]:
+        lrs = learning_rates(run.ledger.index, trainer.optimizers)
+        frozen = run.ledger.declared.frozen
+        now: dict[str, float | None] = {}
+        for group in self._record.groups:
+            trains = [lrs[name] for name in group.parameters if name in lrs and name not in frozen]
+            now[group.name] = max(trains) if trains else None
+        return now
+
+    def _summary(self, trainer: Trainer, session: Session, run: AuditRun, title: str) -> Summary:
+        rows = rows_of(run.ledger.index, self._record.groups, trainer.optimizers)
+        notes: list[str] = []
+        applier = session.applier
+        if applier is not None and applier.woken and not trainer.global_step:
+            woken = applier.woken
+            first = woken[0] or type(trainer.lightning_module).__name__
+            notes.append(
+                f"{len(woken)} modules (from `{first}`"
+                " on) were in eval mode, as `from_pretrained` leaves them, although they train: "
+                "put in train mode."
+            )
+        asleep = run.asleep()
+        if asleep:
+            notes.append(
+                f"{len(asleep)} modules (such as `{asleep[0] or 'the model'}`) are in eval mode "
+                "although they train, so that their dropout is off: `from_pretrained` leaves a "
+                "model so, and Lightning doesn't change that. Call `train()` on it before the fit."
+            )
+        omitted = sum(row.status == "in no optimizer" for row in rows)
+        if omitted:
+            notes.append(f"{omitted} tensors require a gradient but are in no optimizer.")
+        return Summary(rows, title, tuple(notes))
+
+    def _log(self, trainer: Trainer, run: AuditRun) -> None:
+        counts = {"trainable": 0, "frozen": 0}
+        for name, parameter in run.ledger.index.parameters.items():
+            frozen = name in run.ledger.declared.frozen
+            counts["frozen" if frozen else "trainable"] += parameter.numel()
+        metrics = {f"freeze/{kind}_parameters": float(n) for kind, n in counts.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
