@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -38,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     keep = _Keep()
     folder = str(Path(__file__).parent)
-    status = pytest.main(["-q", "-p", "no:terminal", folder], [keep])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = pytest.main(["-q", folder], [keep])
+    if status:
+        print(printed.getvalue(), file=sys.stderr)
     rows = [
         (number, failure.source, failure.symptom, verdict(keep.outcomes.get(number)))
         for number, failure in FAILURES.items()
