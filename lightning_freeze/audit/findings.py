@@ -41,6 +41,7 @@ class Finding:
         message: what is the matter, in one sentence.
         cause: what the audit found to be the reason, or that it found none.
         fix: what to do about it.
+        since: epoch and step of the last look at which it was still right; None if there was none.
     """
 
     code: str
@@ -51,30 +52,36 @@ class Finding:
     message: str
     cause: str = ""
     fix: str = ""
+    since: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         where = f"epoch {self.epoch}, step {self.step}, rank {self.rank}"
+        if self.since is not None and self.since != (self.epoch, self.step):
+            where += f"; right until epoch {self.since[0]}, step {self.since[1]}"
         tail = "".join(f" {text}" for text in (self.cause, self.fix) if text)
         return f"[{self.code}] {self.message} ({where}).{tail}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return {**asdict(self), "names": list(self.names)}
+        since = None if self.since is None else list(self.since)
+        return {**asdict(self), "names": list(self.names), "since": since}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A finding before it is known when and where: code, names, message, cause, fix."""
+    """A finding before it is known when and where it was made: the rest of a `Finding`."""
 
     code: str
     names: tuple[str, ...]
     message: str
     cause: str = ""
     fix: str = ""
+    since: tuple[int, int] | None = None
 
     def at(self, epoch: int, step: int, rank: int) -> Finding:
         """Stamp it."""
-        return Finding(self.code, self.names, epoch, step, rank, self.message, self.cause, self.fix)
+        told = (self.message, self.cause, self.fix, self.since)
+        return Finding(self.code, self.names, epoch, step, rank, *told)
 
 
 def error_for(findings: Sequence[Finding]) -> AuditError:

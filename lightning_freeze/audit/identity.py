@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.names import ModelIndex, some
@@ -93,6 +94,14 @@ def _why_replaced(
             f"It stands under another name now, such as `{elsewhere}`: its module was wrapped, or "
             "a parametrization was put on it.",
             "Wrap or parametrize modules before the fit.",
+        )
+    key = name.rpartition(".")[2]
+    if current is None and new is not None and parametrize.is_parametrized(new, key):
+        originals = [n for n in now.parameters if n.startswith(f"{path}.parametrizations.{key}.")]
+        return (
+            "A parametrization was put on it: it is computed from others now, such as "
+            f"`{originals[0]}`; {held}.",
+            "Parametrize modules before the fit.",
         )
     if current is None and new is None:
         return (

@@ -207,6 +207,7 @@ class Ledger:
                 if code == "frozen-changed"
                 else f"the buffers {some(members)} of frozen modules changed",
                 *why,
+                since=None if scene.trace is None else scene.trace.since(members),
             )
             for (code, why), members in groups.items()
         ]

@@ -117,17 +117,16 @@ class Record:
                 epoch=epoch,
                 step=step,
             )
-        now = self.moments[-1] if self.moments else Moment(0, 0, {})
         told = {(finding.code, finding.names) for finding in self.findings}
         untold = [
-            seen.at(now.epoch, now.step, 0)
+            seen.at(*run.clock, 0)
             for seen in run.look_at_weights()
             if (seen.code, seen.names) not in told
         ]
         return Certificate(
             frozen=frozen,
-            epoch=now.epoch,
-            step=now.step,
+            epoch=run.clock[0],
+            step=run.clock[1],
             findings=tuple(finding.to_dict() for finding in [*self.findings, *untold]),
             versions=versions(),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -35,6 +36,7 @@ class AuditRun:
         ledger: the frozen side.
         watch: gradients of the unfrozen side.
         rolling: the slices, if they are asked for.
+        clock: epoch and optimizer step of the last look.
         averages: gives the averaged copies of the model that callbacks keep.
         who: says which code runs between two looks.
     """
@@ -71,6 +73,7 @@ class AuditRun:
         """
         self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
         self.watch = GradientWatch(dead_after)
+        self.clock = now
         self.averages = averages
         self.who = who
         self.rolling = Rolling(self.ledger.baseline) if rolling else None
@@ -94,6 +97,7 @@ class AuditRun:
         self._queue: list[Seen] = []
         self._hunted: frozenset[str] = frozenset()
         self._looked_for_hidden = False
+        self._compared = now
         self._arm(now)
         self._begin(looks.FIT, now)
 
@@ -144,6 +148,7 @@ class AuditRun:
     def batch_starts(self, now: Moment) -> None:
         """Before a batch's forward pass."""
         began = perf_counter()
+        self.clock = now
         self._noting = self._owed > 0 or self.hunting or self._notes.credit >= self._cost_of_notes
         if self._noting:
             self._owed -= 1
@@ -176,6 +181,7 @@ class AuditRun:
     def batch_ends(self, now: Moment) -> None:
         """After a batch; compares a slice, if slices are asked for."""
         began = perf_counter()
+        self.clock = now
         if self._noting:
             self._trace.look(looks.END, now)
             self._trace.look_at_flags(looks.END, now)
@@ -198,6 +204,7 @@ class AuditRun:
 
     def look(self, label: str, now: Moment) -> None:
         """At any other place of the loop."""
+        self.clock = now
         self._trace.look(label, now)
         self._trace.look_at_flags(label, now)
         self._step_began = 0.0  # what went on since the last batch was no step
@@ -229,15 +236,25 @@ class AuditRun:
         positions = [p for p in range(len(baseline)) if baseline.here(p)] if here else None
         return ledger.changes(baseline.changed(positions), self.scene, ledger.now())
 
-    def check(self, schedulers: Iterable[Any] = (), *, flags: bool = True) -> list[Seen]:
+    def check(
+        self, now: Moment, schedulers: Iterable[Any] = (), *, flags: bool = True
+    ) -> list[Seen]:
         """Compare everything; what was seen on the way comes first.
 
         Args:
+            now: epoch and optimizer step.
             schedulers: of the loop.
             flags: also look at flags, modes and optimizers; they may be in between two states.
         """
-        seen = self._queue + self.ledger.check(self.scene, flags=flags)
+        seen = self._queue + [
+            item
+            if item.since is not None or item.code not in CHANGED
+            # no look saw it being written: it was right when everything was compared last
+            else replace(item, since=self._compared)
+            for item in self.ledger.check(self.scene, flags=flags)
+        ]
         self._queue = []
+        self._compared = self.clock = now
         if flags:
             index = self.ledger.now()
             seen += check_optimizers(

@@ -58,6 +58,7 @@ def flipped(
             f"{some(names)} {what}",
             f"Other code {did}{when}{_together(now, names)}.",
             "Let one place decide: name it in `trainable`, `backbone` or the schedule.",
+            since=min((flips[name].at for name in names if name in flips), default=None),
         )
         for (what, did, when), names in groups.items()
     ]
@@ -99,5 +100,6 @@ def awake(now: ModelIndex, quiet: Iterable[str], modes: Mapping[str, Flip], who:
             f"Some code called `train()` on {on_what}{_when(modes.get(tops[0]), who)}.",
             "Use `FreezeBackbone` or `GradualUnfreeze`, which put it back, or call `eval()` "
             "on it in `on_train_epoch_start`.",
+            since=modes[tops[0]].at if tops[0] in modes else None,
         )
     ]

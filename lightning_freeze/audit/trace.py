@@ -151,6 +151,12 @@ class Trace:
                 self.updates.pop(name, None)
                 self.writes.pop(name, None)
 
+    def since(self, names: Iterable[str]) -> Moment | None:
+        """The last moment at which all of these were right, if they were seen to be written."""
+        notes = [self.updates.get(name) or self.writes.get(name) for name in names]
+        known = [note.at for note in notes if note is not None]
+        return min(known) if known and len(known) == len(notes) else None
+
     @property
     def hunting(self) -> bool:
         """Whether some tensors are read at every look."""

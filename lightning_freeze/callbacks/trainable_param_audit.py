@@ -362,7 +362,7 @@ class TrainableParamAudit(Callback):
         run = self._run
         assert run is not None
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        seen = (first or []) + run.check(schedulers, flags=flags)
+        seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
         if trainer.world_size > 1:
             seen += self._check_ranks(run)
         self._record.checks += 1

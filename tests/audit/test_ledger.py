@@ -1,119 +1,29 @@
-"""The audit without a Trainer: each check by itself, its cause, and a control that stays silent."""
+"""The ledger without a Trainer: each check by itself, and a control that stays silent."""
 
 from __future__ import annotations
 
 import copy
-import json
-import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, ReduceLROnPlateau, StepLR
 
-from lightning_freeze import FrozenWeightsChanged, assert_frozen, freeze
-from lightning_freeze.audit.findings import CODES, Finding, Seen, error_for
-from lightning_freeze.audit.gradients import GradientWatch
-from lightning_freeze.audit.holdings import check_optimizers
+from lightning_freeze import freeze
 from lightning_freeze.audit.ledger import Declared, Ledger
-from lightning_freeze.audit.ranks import check_ranks
 from lightning_freeze.audit.scene import Average, Scene
-from lightning_freeze.errors import AuditError, FreezeError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex
-
-
-class Net(nn.Module):
-    """A frozen body with batch-norm, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
+from tests.audit.nets import Net, around, codes, frozen_net, look, only, step, tied
 
 
 @pytest.fixture
 def model() -> Net:
-    net = Net()
-    freeze(net, "body")
-    return net
+    return frozen_net()
 
 
-def step(model: nn.Module, optimizer: Optimizer) -> None:
-    optimizer.zero_grad()
-    model(torch.randn(6, 3)).pow(2).sum().backward()
-    optimizer.step()
-
-
-def around(ledger: Ledger, *optimizers: Optimizer) -> Scene:
-    """A loop that nobody watched: causes are told from what is left behind."""
-    return Scene(optimizers, shared=ledger.shared)
-
-
-def look(model: nn.Module, *optimizers: Optimizer) -> list[Seen]:
-    ledger = Ledger(model)
-    return ledger.check(around(ledger, *optimizers))
-
-
-def only(found: list[Seen]) -> Seen:
-    assert len(found) == 1, [str(seen) for seen in found]
-    assert found[0].code in CODES
-    assert found[0].cause
-    assert found[0].fix
-    return found[0]
-
-
-def codes(found: list[Seen]) -> set[str]:
-    return {seen.code for seen in found}
-
-
-# Findings
-
-
-FINDING = Finding("frozen-changed", ("a", "b"), 2, 30, 1, "a, b changed", "Because.", "Mend it.")
-
-
-def test_a_finding_reads_as_one_line() -> None:
-    expected = "[frozen-changed] a, b changed (epoch 2, step 30, rank 1). Because. Mend it."
-    assert str(FINDING) == expected
-
-
-def test_a_finding_is_plain_values() -> None:
-    assert json.loads(json.dumps(FINDING.to_dict())) == {
-        "code": "frozen-changed",
-        "names": ["a", "b"],
-        "epoch": 2,
-        "step": 30,
-        "rank": 1,
-        "message": "a, b changed",
-        "cause": "Because.",
-        "fix": "Mend it.",
-    }
-
-
-def test_what_was_seen_is_stamped_with_when_and_where() -> None:
-    seen = Seen("frozen-changed", ("a", "b"), "a, b changed", "Because.", "Mend it.")
-    assert seen.at(2, 30, 1) == FINDING
-
-
-@pytest.mark.parametrize("code", CODES)
-def test_the_error_is_about_weights_exactly_when_weights_changed(code: str) -> None:
-    finding = Finding(code, (), 0, 0, 0, "something")
-    error = error_for([finding])
-    changed = code in ("frozen-changed", "frozen-buffer-changed")
-    assert type(error) is (FrozenWeightsChanged if changed else AuditError)
-    assert isinstance(error, FreezeError)
-    assert error.findings == [finding]
-    assert f"[{code}] something" in str(error)
-
-
-# The ledger: frozen weights
+# Frozen weights
 
 
 def test_a_healthy_fit_is_silent_while_the_head_moves(model: Net) -> None:
@@ -227,7 +137,7 @@ def test_tensors_of_one_cause_are_one_finding(model: Net) -> None:
     )
 
 
-# The ledger: buffers and modes
+# Buffers and modes
 
 
 def test_batch_norm_in_train_mode_is_blamed_for_its_statistics(model: Net) -> None:
@@ -287,7 +197,7 @@ def test_a_frozen_module_that_was_in_train_mode_from_the_start_is_no_change() ->
     assert ledger.check() == []
 
 
-# The ledger: flags
+# Flags
 
 
 def test_a_flag_turned_on_is_found(model: Net) -> None:
@@ -323,7 +233,7 @@ def test_an_integer_parameter_that_cannot_train_is_no_finding(model: Net) -> Non
     assert ledger.check() == []
 
 
-# The ledger: what is declared
+# What is declared
 
 
 def test_an_explicit_declaration_that_nothing_is_frozen_is_kept(model: Net) -> None:
@@ -366,13 +276,7 @@ def test_what_unfreezes_may_move_and_what_freezes_is_watched_from_then(model: Ne
     assert codes(ledger.check()) == {"frozen-changed"}
 
 
-# The ledger: ties and identity
-
-
-def tied() -> nn.ModuleDict:
-    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "decoder": nn.Linear(4, 5, bias=False)})
-    model["decoder"].weight = model["embed"].weight
-    return model
+# Ties and identity
 
 
 def test_a_split_tie_is_found() -> None:
@@ -415,7 +319,7 @@ def test_a_frozen_parameter_loaded_by_assignment_is_found(model: Net) -> None:
     assert codes(found) == {"parameter-replaced"}
 
 
-# The ledger: stale gradients and state
+# Stale gradients and state
 
 
 def test_a_gradient_on_a_frozen_tensor_is_found(model: Net) -> None:
@@ -443,203 +347,3 @@ def test_a_frozen_tensor_in_an_optimizer_without_momentum_is_no_finding(model: N
     optimizer = SGD(model.parameters(), lr=0.1)
     step(model, optimizer)
     assert look(model, optimizer) == []
-
-
-# Optimizers and schedulers
-
-
-def trainable(model: nn.Module) -> list[str]:
-    return [name for name, p in model.named_parameters() if p.requires_grad]
-
-
-def test_what_is_in_no_optimizer_is_found(model: Net) -> None:
-    index = ModelIndex.of(model)
-    optimizer = SGD([model.head.weight], lr=0.1)
-    seen = only(check_optimizers(index, trainable(model), [optimizer], []))
-    assert (seen.code, seen.names) == ("not-in-optimizer", ("head.bias",))
-    assert check_optimizers(index, ["head.weight"], [optimizer], []) == []
-
-
-def test_what_was_left_out_on_purpose_is_no_finding(model: Net) -> None:
-    index = ModelIndex.of(model)
-    optimizer = SGD([model.head.weight], lr=0.1)
-    found = check_optimizers(
-        index, trainable(model), [optimizer], [], lambda name: name != "head.bias"
-    )
-    assert found == []
-
-
-def test_a_loop_without_optimizers_is_not_judged(model: Net) -> None:
-    assert check_optimizers(ModelIndex.of(model), trainable(model), [], []) == []
-
-
-def test_nothing_trainable_is_found(model: Net) -> None:
-    freeze(model, "head")
-    index = ModelIndex.of(model)
-    seen = only(check_optimizers(index, trainable(model), [SGD(model.parameters(), lr=1)], []))
-    assert (seen.code, seen.names) == ("nothing-trainable", ())
-
-
-SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
-    "StepLR": lambda o: StepLR(o, 1),
-    "LambdaLR": lambda o: LambdaLR(o, lambda epoch: 1.0),
-    "ReduceLROnPlateau": lambda o: ReduceLROnPlateau(o),
-    "ChainedScheduler": lambda o: ChainedScheduler([StepLR(o, 1)]),
-}
-
-
-@pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_scheduler_that_does_not_know_a_group_is_found(model: Net, kind: str) -> None:
-    optimizer = SGD([model.head.weight], lr=0.1)
-    scheduler = SCHEDULERS[kind](optimizer)
-    index = ModelIndex.of(model)
-    assert check_optimizers(index, ["head.weight"], [optimizer], [scheduler]) == []
-    optimizer.add_param_group({"params": [model.head.bias]})
-    seen = only(check_optimizers(index, ["head.weight"], [optimizer], [scheduler]))
-    assert seen.code == "scheduler-mismatch"
-    assert "knows 1 parameter groups, its optimizer has 2" in seen.message
-
-
-# Ranks
-
-
-def test_ranks_that_agree_are_silent() -> None:
-    assert check_ranks([{"a": "1", "b": "2"}] * 3) == []
-    assert check_ranks([{"a": "1"}]) == []
-
-
-def test_ranks_that_differ_are_named() -> None:
-    seen = only(check_ranks([{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "b": "3"}]))
-    assert (seen.code, seen.names) == ("rank-mismatch", ("b",))
-    assert seen.message == "b differ between rank 0 and rank 2"
-
-
-def test_a_tensor_that_one_rank_alone_has_is_found() -> None:
-    assert only(check_ranks([{"a": "1"}, {"a": "1", "b": "2"}])).names == ("b",)
-    assert only(check_ranks([{"a": "1", "b": "2"}, {"a": "1"}])).names == ("b",)
-
-
-# Gradients
-
-
-def watched(model: nn.Module, dead_after: int) -> tuple[GradientWatch, SGD]:
-    watch = GradientWatch(dead_after)
-    watch.arm(dict(model.named_parameters()))
-    return watch, SGD(model.parameters(), lr=0.1)
-
-
-def test_a_parameter_without_gradients_is_dead_once() -> None:
-    model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
-    watch, optimizer = watched(model, dead_after=3)
-    found = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        model["used"](torch.randn(4, 2)).sum().backward()
-        found.append(watch.before_step(optimizer))
-    assert found == [[], [], ["unused.weight", "unused.bias"], [], []]
-    assert watch.alive == {"used.weight", "used.bias"}
-
-
-def test_a_gradient_in_time_keeps_it_alive() -> None:
-    model = nn.Linear(2, 1)
-    watch, optimizer = watched(model, dead_after=3)
-    assert watch.before_step(optimizer) == []
-    assert watch.before_step(optimizer) == []
-    model(torch.randn(4, 2)).sum().backward()
-    assert [watch.before_step(optimizer) for _ in range(5)] == [[]] * 5
-    assert watch.alive == {"weight", "bias"}
-
-
-def test_steps_of_another_optimizer_do_not_count() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
-    watch = GradientWatch(2)
-    watch.arm(dict(model.named_parameters()))
-    first, second = SGD(model["a"].parameters(), lr=1), SGD(model["b"].parameters(), lr=1)
-    assert watch.before_step(first) == []
-    assert watch.before_step(second) == []
-    assert watch.before_step(first) == ["a.weight", "a.bias"]
-
-
-def test_arming_anew_goes_on_counting() -> None:
-    model = nn.Linear(1, 1)
-    watch, optimizer = watched(model, dead_after=2)
-    watch.before_step(optimizer)
-    watch.arm(dict(model.named_parameters()))
-    assert watch.before_step(optimizer) == ["weight", "bias"]
-
-
-def test_what_is_no_longer_armed_is_forgotten() -> None:
-    model = nn.Linear(2, 1)
-    watch, optimizer = watched(model, dead_after=1)
-    model(torch.randn(4, 2)).sum().backward()
-    watch.before_step(optimizer)
-    watch.arm({"bias": model.bias})
-    assert watch.alive == {"bias"}
-    optimizer.zero_grad()
-    watch.arm(dict(model.named_parameters()))
-    assert watch.before_step(optimizer) == ["weight"]
-
-
-# assert_frozen
-
-
-def test_assert_frozen_is_silent_while_the_head_moves(model: Net) -> None:
-    before = fingerprint(model.head)
-    with assert_frozen(model):
-        step(model, SGD(model.head.parameters(), lr=0.1))
-    assert fingerprint(model.head) != before
-
-
-def test_assert_frozen_names_what_changed_and_why(model: Net) -> None:
-    message = r"\[frozen-changed\] body\.0\.weight changed although frozen.*written in place"
-    with (
-        pytest.raises(FrozenWeightsChanged, match=message) as caught,
-        assert_frozen(model),
-        torch.no_grad(),
-    ):
-        model.body[0].weight.zero_()
-    (finding,) = caught.value.findings
-    assert (finding.code, finding.names) == ("frozen-changed", ("body.0.weight",))
-
-
-def test_assert_frozen_watches_buffers(model: Net) -> None:
-    model.train()
-    message = r"frozen-buffer-changed\] the buffers body\.1"
-    with pytest.raises(FrozenWeightsChanged, match=message), assert_frozen(model):
-        model(torch.randn(4, 3))
-
-
-def test_assert_frozen_finds_a_replaced_parameter(model: Net) -> None:
-    message = re.escape("[parameter-replaced] body.0.bias is another Parameter object")
-    with pytest.raises(FrozenWeightsChanged, match=message), assert_frozen(model):
-        model.body[0].bias = nn.Parameter(torch.zeros(4))
-
-
-def test_assert_frozen_finds_a_split_tie() -> None:
-    model = tied()
-    freeze(model, "embed")
-    with pytest.raises(FrozenWeightsChanged, match="tie-split"), assert_frozen(model):
-        model["decoder"].weight = nn.Parameter(model["embed"].weight.detach().clone())
-
-
-def test_assert_frozen_does_not_mind_another_head(model: Net) -> None:
-    with assert_frozen(model):
-        model.head = nn.Linear(4, 5)
-
-
-def test_an_exception_inside_passes_through(model: Net) -> None:
-    def failing() -> None:
-        model.body[0].weight.data.add_(1)
-        raise ZeroDivisionError("mine")
-
-    with pytest.raises(ZeroDivisionError, match="mine"), assert_frozen(model):
-        failing()
-
-
-def test_assert_frozen_leaves_the_model_alone(model: Net) -> None:
-    before = [(p.requires_grad, p._version) for p in model.parameters()]
-    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    with assert_frozen(model):
-        pass
-    assert [(p.requires_grad, p._version) for p in model.parameters()] == before
-    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks

@@ -1,0 +1,392 @@
+"""Two files, or one and a certificate: what is the same, and what isn't."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertForSequenceClassification
+
+from lightning_freeze import ArgumentError, VerifyError, fingerprint
+from lightning_freeze.certificate import read_certificate
+from lightning_freeze.verify.groups import group_names
+from lightning_freeze.verify.result import Verification
+from lightning_freeze.verify.run import verify
+from tests.goldens import assert_golden
+from tests.verify.files import Run, certificate, certified, save, write_certificate
+from tests.verify.test_compare import flipped
+
+BLOCK = "backbone.blocks.1.linear.weight"
+STATISTICS = "backbone.blocks.0.norm.running_mean"
+
+
+def states(found: Verification) -> dict[str, str]:
+    """Layer group -> what its tensors are, where they are all the same."""
+    return {g.name: "/".join({t.status for t in g.tensors}) for g in found.groups}
+
+
+def marks(found: Verification) -> dict[str, str]:
+    return {t.name: t.certified for t in found.tensors if t.certified}
+
+
+# Two files
+
+
+def test_a_frozen_backbone_is_identical_and_a_trained_head_is_not(run: Run) -> None:
+    found = verify(run.base, run.checkpoint)
+    assert states(found) == {
+        "backbone.embed": "identical",
+        "backbone.blocks.0": "identical",
+        "backbone.blocks.1": "identical",
+        "backbone.blocks.2": "identical",
+        "head": "changed",
+    }
+    assert not found.ok
+    assert verify(run.base, run.base).ok
+
+
+def test_the_largest_difference_is_that_of_the_tensors(run: Run) -> None:
+    found = verify(run.base, run.checkpoint)
+    expected = max(
+        float((run.before[name] - run.after[name]).abs().max())
+        for name in ("head.weight", "head.bias")
+    )
+    group = {g.name: g for g in found.groups}["head"]
+    assert max(t.difference or 0 for t in group.tensors) == pytest.approx(expected)
+    assert f"changed: 2 tensors in head (largest difference {expected:.2g})." in found.verdict
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_a_single_flipped_bit_in_any_tensor_is_seen_and_its_group_named(
+    run: Run, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(run.before)))
+    tensor = run.before[name]
+    bit = data.draw(st.integers(0, 8 * tensor.numel() * tensor.element_size() - 1))
+    path = tmp_path_factory.mktemp("flip") / "x.ckpt"
+    save(path, {"state_dict": {**run.before, name: flipped(tensor, bit)}})
+    found = verify(run.base, path)
+    group = group_names(run.before)[name]
+    assert not found.ok
+    assert [t.name for t in found.tensors if t.status != "identical"] == [name]
+    assert f"changed: 1 tensor in {group} (largest" in found.verdict
+    if name.startswith("backbone."):
+        found = verify(None, path, run.certificate)
+        assert marks(found)[name] == "not as certified"
+        assert f"not as certified: 1 tensor in {group}" in found.verdict
+
+
+def test_the_names_of_the_two_files_may_begin_differently(run: Run, tmp_path: Path) -> None:
+    inner = {name: t for name, t in run.before.items() if name.startswith("backbone.")}
+    bare = save(tmp_path / "bare.pt", {n.removeprefix("backbone."): t for n, t in inner.items()})
+    found = verify(bare, run.checkpoint)
+    assert found.ok
+    assert (found.base and found.base.prefix, found.checkpoint.prefix) == ("", "backbone.")
+    assert states(found)["head"] == "only in CHECKPOINT"
+    assert "identical: all 23 tensors that both have; only in CHECKPOINT: 2 tensors in head" in str(
+        found
+    )
+    moved = {**inner, BLOCK: inner[BLOCK] + 1}
+    bare = save(tmp_path / "bare.pt", {f"net.{n[9:]}": t for n, t in moved.items()})
+    found = verify(bare, run.checkpoint)
+    assert not found.ok
+    assert "changed: 1 tensor in backbone.blocks.1 (largest difference 1)" in found.verdict
+
+
+def test_tensors_of_one_file_only_are_listed_and_do_not_count(run: Run, tmp_path: Path) -> None:
+    extra = {**run.before, "pooler.weight": torch.zeros(1)}
+    fewer = {name: t for name, t in run.before.items() if not name.startswith("head.")}
+    found = verify(save(tmp_path / "a.pt", extra), save(tmp_path / "b.pt", fewer))
+    assert found.ok
+    assert states(found)["pooler"] == states(found)["head"] == "only in BASE"
+    assert "only in BASE: 3 tensors in head, pooler." in found.verdict
+
+
+def test_another_number_of_classes_is_no_other_model_but_not_identical(
+    run: Run, tmp_path: Path
+) -> None:
+    wider = {**run.before, "head.weight": torch.zeros(9, 8), "head.bias": torch.zeros(9)}
+    found = verify(run.base, save(tmp_path / "x.pt", wider))
+    assert states(found)["head"] == "other shape"
+    assert "other shape: 2 tensors in head." in found.verdict
+    assert not found.ok
+    assert "other shape: float32 3x8, now float32 9x8" in found.to_text(tensors=True)
+
+
+def test_another_dtype_is_not_identical_even_where_the_values_are(run: Run, tmp_path: Path) -> None:
+    double = {**run.before, BLOCK: run.before[BLOCK].double()}
+    found = verify(run.base, save(tmp_path / "x.pt", double))
+    assert not found.ok
+    assert "other dtype: 1 tensor in backbone.blocks.1 (largest difference 0)." in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.0, -0.0, "largest difference 0, bits only"),
+        (1.0, float("nan"), "largest difference NaN against a number"),
+        (1.0, float("inf"), "largest difference inf"),
+    ],
+)
+def test_a_difference_that_is_no_number_is_said_in_words_and_is_json(
+    run: Run, tmp_path: Path, before: float, after: float, said: str
+) -> None:
+    files = []
+    for value in (before, after):
+        tensor = run.before[BLOCK].clone()
+        tensor[0, 0] = value
+        files.append(save(tmp_path / f"{value}.pt", {**run.before, BLOCK: tensor}))
+    assert verify(files[1], files[1]).ok
+    found = verify(*files)
+    assert said in found.verdict
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert json.loads(text)["ok"] is False
+
+
+def test_a_pretrained_folder_and_a_wrapped_model_with_a_new_head(
+    bert: BertForSequenceClassification, folder: Path, tmp_path: Path
+) -> None:
+    trained = {f"model.{name}": tensor.clone() for name, tensor in bert.state_dict().items()}
+    path = save(tmp_path / "x.ckpt", {"state_dict": trained, "pytorch-lightning_version": "2"})
+    assert verify(folder, path).ok
+    trained["model.bert.encoder.layer.1.output.dense.bias"][0] += 0.5
+    trained["model.classifier.weight"] = torch.zeros(5, 16)
+    save(tmp_path / "x.ckpt", {"state_dict": trained})
+    found = verify(folder, path)
+    assert list(states(found)) == [
+        "model.bert.embeddings",
+        "model.bert.encoder.layer.0",
+        "model.bert.encoder.layer.1",
+        "model.bert.pooler",
+        "model.classifier",
+    ]
+    assert "changed: 1 tensor in model.bert.encoder.layer.1 (largest difference 0.5)" in str(found)
+
+
+def test_layers_stand_in_the_order_of_the_model_where_a_file_has_it(
+    bert: BertForSequenceClassification, folder: Path, tmp_path: Path
+) -> None:
+    path = save(tmp_path / "x.pt", bert.state_dict())
+    names = [t.name for t in verify(path, path).tensors]
+    assert names == list(bert.state_dict())
+    assert [t.name for t in verify(path, folder).tensors] == names
+    assert [t.name for t in verify(folder, folder).tensors] == sorted(names)
+
+
+def test_a_tied_tensor_that_one_file_keeps_once_is_explained(run: Run, tmp_path: Path) -> None:
+    tied = {**run.before, "head.tied": run.before["head.weight"]}
+    twice = save(tmp_path / "twice.pt", tied)
+    note = "one tensor in {}: head.tied = head.weight"
+    assert verify(run.base, twice).notes == (note.format("CHECKPOINT"),)
+    assert verify(twice, run.base).notes == (note.format("BASE"),)
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_model_with_another_number_of_layers_is_another_model(
+    run: Run, tmp_path: Path, layers: int
+) -> None:
+    block = {n: t for n, t in run.before.items() if n.startswith("backbone.blocks.2.")}
+    other = {n: t for n, t in run.before.items() if layers == 4 or n not in block}
+    if layers == 4:
+        other |= {n.replace(".2.", ".3."): t for n, t in block.items()}
+    with pytest.raises(VerifyError, match=rf"`backbone\.blocks` has 3 layers in BASE and {layers}"):
+        verify(run.base, save(tmp_path / "x.pt", other))
+
+
+# A certificate
+
+
+def test_with_a_certificate_only_what_was_frozen_counts(run: Run) -> None:
+    found = verify(run.base, run.checkpoint, run.certificate)
+    assert found.ok
+    assert set(marks(found)) == {name for name in run.before if name.startswith("backbone.")}
+    assert set(marks(found).values()) == {"as certified"}
+    assert found.verdict.startswith(
+        "as certified: all 23 frozen tensors, 23 of them identical to BASE; changed, but not "
+        "frozen: 2 tensors in head (largest difference "
+    )
+
+
+@pytest.mark.parametrize("name", [BLOCK, STATISTICS])
+def test_a_frozen_tensor_that_changed_is_not_as_certified(
+    run: Run, tmp_path: Path, name: str
+) -> None:
+    changed = run.changed(tmp_path / "x.ckpt", {name: run.after[name] + 1})
+    for base in (run.base, None):
+        found = verify(base, changed, run.certificate)
+        assert not found.ok
+        assert {n for n, mark in marks(found).items() if mark == "not as certified"} == {name}
+        assert "as certified: 22 of 23 frozen tensors" in found.verdict
+
+
+def test_a_certificate_alone_needs_no_base(run: Run) -> None:
+    found = verify(None, run.checkpoint, run.certificate)
+    assert found.ok
+    assert found.base is None
+    assert {t.status for t in found.tensors} == {"not compared"}
+    assert found.verdict == "as certified: all 23 frozen tensors."
+    assert "BASE" not in str(found)
+
+
+def test_a_frozen_tensor_that_is_missing_is_an_answer_not_an_error(
+    run: Run, tmp_path: Path
+) -> None:
+    fewer = {name: t for name, t in run.after.items() if name != BLOCK}
+    path = save(tmp_path / "x.pt", fewer)
+    for base in (run.base, None):
+        found = verify(base, path, run.certificate)
+        assert not found.ok
+        assert marks(found)[BLOCK] == "missing"
+        assert "missing: 1 tensor in backbone.blocks.1" in found.verdict
+
+
+def test_another_dtype_or_shape_is_not_as_certified(run: Run, tmp_path: Path) -> None:
+    for tensor in (run.after[BLOCK].double(), run.after[BLOCK].reshape(4, 16)):
+        path = run.changed(tmp_path / "x.ckpt", {BLOCK: tensor})
+        assert marks(verify(None, path, run.certificate))[BLOCK] == "not as certified"
+
+
+def test_what_was_frozen_from_the_start_has_to_be_that_of_base(run: Run, tmp_path: Path) -> None:
+    other = save(tmp_path / "other.pt", {**run.before, BLOCK: run.before[BLOCK] + 1})
+    found = verify(other, run.checkpoint, run.certificate)
+    assert not found.ok
+    assert marks(found)[BLOCK] == "not as in BASE"
+    assert "not as in BASE: 1 tensor in backbone.blocks.1 (largest difference 1)" in found.verdict
+    # frozen later, it may have trained before
+    whole = read_certificate(run.certificate)
+    later = {**whole.frozen, **certified({BLOCK: run.after[BLOCK]}, epoch=1, step=4)}
+    path = write_certificate(tmp_path / "later.json", replace(whole, frozen=later))
+    found = verify(other, run.checkpoint, path)
+    assert found.ok
+    assert "all 23 frozen tensors, 22 of them identical to BASE" in found.verdict
+
+
+def test_a_certificate_with_a_finding_is_not_clean(run: Run, tmp_path: Path) -> None:
+    finding: dict[str, Any] = {"code": "frozen-changed", "names": [BLOCK]}
+    whole = replace(read_certificate(run.certificate), findings=(finding,))
+    found = verify(run.base, run.checkpoint, write_certificate(tmp_path / "c.json", whole))
+    assert not found.ok
+    assert found.verdict.startswith(
+        "not clean: the certificate itself records 1 finding (frozen-changed); as certified: all 23"
+    )
+    assert found.to_dict()["certificate"]["findings"] == [finding]
+
+
+def test_the_checkpoint_itself_may_hold_the_certificate(run: Run, tmp_path: Path) -> None:
+    state = {"certificate": read_certificate(run.certificate).to_dict()}
+    content = {**run.content, "callbacks": {"TrainableParamAudit": state}}
+    path = save(tmp_path / "x.ckpt", content)
+    assert verify(run.base, path, path).ok
+    content["state_dict"] = {**run.after, BLOCK: run.after[BLOCK] + 1}
+    path = save(tmp_path / "x.ckpt", content)
+    assert not verify(run.base, path, path).ok
+
+
+def test_a_certificate_fits_a_model_that_was_taken_out_of_its_module(
+    bert: BertForSequenceClassification, folder: Path, tmp_path: Path
+) -> None:
+    frozen = {f"model.bert.{name}": t for name, t in bert.bert.state_dict().items()}
+    path = write_certificate(tmp_path / "c.json", certificate(frozen))
+    found = verify(None, folder, path)
+    assert found.ok
+    assert set(marks(found)) == {f"bert.{name}" for name in bert.bert.state_dict()}
+    name = "model.bert.pooler.dense.bias"
+    frozen[name] = frozen[name] + 1
+    path = write_certificate(tmp_path / "c.json", certificate(frozen))
+    assert not verify(None, folder, path).ok
+
+
+def test_a_certificate_of_another_model_is_an_error(run: Run, folder: Path) -> None:
+    with pytest.raises(VerifyError, match="The certificate and CHECKPOINT are different models"):
+        verify(None, folder, run.certificate)
+
+
+def test_a_certificate_of_nothing_proves_nothing(run: Run, tmp_path: Path) -> None:
+    path = write_certificate(tmp_path / "c.json", certificate({}))
+    with pytest.raises(VerifyError, match="certifies no tensor: nothing was frozen when it was"):
+        verify(run.base, run.checkpoint, path)
+
+
+def test_a_model_that_stands_twice_is_told_by_a_prefix(run: Run, tmp_path: Path) -> None:
+    student = {f"student.{name}": tensor for name, tensor in run.after.items()}
+    teacher = {f"teacher.{name}": tensor + 1 for name, tensor in run.after.items()}
+    path = save(tmp_path / "x.pt", {**student, **teacher})
+    with pytest.raises(VerifyError, match=r"under `student\.` .* and under `teacher\.`"):
+        verify(None, path, run.certificate)
+    assert verify(run.base, path, run.certificate, prefix="student").ok
+    assert not verify(run.base, path, run.certificate, prefix="teacher").ok
+
+
+def test_the_names_of_a_certificate_of_the_whole_outweigh_the_prefix_of_base(
+    run: Run, tmp_path: Path
+) -> None:
+    both = {f"{p}.{n}": t for p in ("student", "teacher") for n, t in run.after.items()}
+    path = save(tmp_path / "x.pt", both)
+    whole = write_certificate(tmp_path / "c.json", certificate(both))
+    found = verify(save(tmp_path / "b.pt", run.after), path, whole, prefix="student")
+    assert found.ok
+    assert set(marks(found)) == set(both)
+
+
+def test_with_nothing_to_compare_with_an_error_says_what_to_give(run: Run) -> None:
+    with pytest.raises(ArgumentError, match=r"nothing to compare .* `--certificate FILE`, which m"):
+        verify(None, run.checkpoint)
+
+
+def test_the_fingerprint_is_that_of_the_package(run: Run) -> None:
+    entry = read_certificate(run.certificate).frozen[BLOCK]
+    assert entry.fingerprint == fingerprint(run.after[BLOCK])
+
+
+# The result
+
+
+def test_a_result_is_plain_values_for_json(run: Run) -> None:
+    found = verify(run.base, run.checkpoint, run.certificate)
+    content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert content["format"] == 1
+    assert content["ok"] is True
+    assert content["verdict"] == found.verdict
+    assert content["groups"][0] == {
+        "name": "backbone.embed",
+        "tensors": 2,
+        "against_base": {"identical": 2},
+        "certified": {"as certified": 2},
+        "difference": None,
+    }
+    assert content["tensors"][0] == {
+        "name": "backbone.embed.weight",
+        "group": "backbone.embed",
+        "base": {"dtype": "float32", "shape": [8, 4]},
+        "checkpoint": {"dtype": "float32", "shape": [8, 4]},
+        "status": "identical",
+        "difference": None,
+        "certified": "as certified",
+    }
+    assert len(content["tensors"]) == len(run.before)
+
+
+def test_the_table_is_that_of_the_golden_files(run: Run, here: Path) -> None:
+    for name, source in (
+        ("base.pt", run.base), ("run.ckpt", run.checkpoint), ("audit.json", run.certificate)
+    ):  # fmt: skip
+        (here / name).symlink_to(source)
+    # numbers that don't depend on what a processor rounds
+    head = {"head.weight": run.before["head.weight"] + 1, "head.bias": run.before["head.bias"] - 2}
+    run.changed(here / "good.ckpt", head)
+    broken = {BLOCK: torch.zeros(8, 8), STATISTICS: run.after[STATISTICS] + 0.5}
+    run.changed(here / "broken.ckpt", {**head, **broken, "head.weight": torch.zeros(9, 8)})
+    assert_golden("verify/files.txt", str(verify("base.pt", "good.ckpt")))
+    assert_golden("verify/certificate.txt", str(verify("base.pt", "good.ckpt", "audit.json")))
+    assert_golden("verify/alone.txt", str(verify(None, "good.ckpt", "audit.json")))
+    broke = verify("base.pt", "broken.ckpt", "audit.json")
+    assert repr(broke) == str(broke)
+    assert_golden("verify/broken.txt", broke.to_text(tensors=True))
+    assert "No tensor changed." in verify("base.pt", "base.pt").to_text(tensors=True)

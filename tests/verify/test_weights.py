@@ -1,0 +1,160 @@
+"""Files that can be opened, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertForSequenceClassification
+
+from lightning_freeze import VerifyError
+from lightning_freeze.verify.weights import Spec, open_weights
+from tests.toys import same
+from tests.verify.files import Run, save
+
+STATE = {"layer.0.weight": torch.ones(2, 3), "layer.1.bias": torch.zeros(3)}
+
+
+def equal(path: Any, expected: dict[str, Tensor]) -> bool:
+    found = open_weights(path)
+    return found.specs.keys() == expected.keys() and all(
+        same(found.load(name), tensor) for name, tensor in expected.items()
+    )
+
+
+def test_a_lightning_checkpoint_holds_the_weights_of_its_module(run: Run) -> None:
+    assert equal(run.checkpoint, run.after)
+    found = open_weights(run.checkpoint)
+    assert (found.kind, found.in_model_order) == ("Lightning checkpoint", True)
+    assert found.specs["head.weight"] == Spec("float32", (3, 8))
+    assert list(found.specs) == list(run.before)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_a_checkpoint_of_a_loop_of_ones_own_holds_them_too(tmp_path: Path, key: str) -> None:
+    path = save(tmp_path / "x.pt", {"epoch": 3, key: STATE, "optimizer": {"state": {}}})
+    assert equal(path, STATE)
+    assert open_weights(path).kind == "checkpoint"
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_state_dict_in_either_of_the_formats_of_torch(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "x.bin"
+    torch.save(STATE, path, _use_new_zipfile_serialization=new)
+    assert equal(path, STATE)
+    assert open_weights(path).kind == "state dict"
+
+
+def test_a_zip_that_was_compressed_later_is_read_right(tmp_path: Path) -> None:
+    save(tmp_path / "x.pt", STATE)
+    with (
+        zipfile.ZipFile(tmp_path / "x.pt") as old,
+        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    assert equal(tmp_path / "y.pt", STATE)
+
+
+def test_a_module_s_state_that_is_no_tensor_is_passed_over(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {**STATE, "layer.0._extra_state": {"scale": 2}})
+    assert equal(path, STATE)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_safetensors_file_whatever_its_name(tmp_path: Path, suffix: str) -> None:
+    save_file(STATE, tmp_path / f"x{suffix}")
+    assert equal(tmp_path / f"x{suffix}", STATE)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64, torch.uint16],
+    ids=str,
+)
+def test_a_dtype_is_called_the_same_in_every_format(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensor = {"w": torch.ones(2).to(dtype)}
+    save_file(tensor, tmp_path / "x.safetensors")
+    both = [open_weights(save(tmp_path / "x.pt", tensor)), open_weights(tmp_path / "x.safetensors")]
+    assert both[0].specs == both[1].specs == {"w": Spec(str(dtype)[6:], (2,))}
+
+
+@pytest.mark.parametrize("size", ["5GB", "20KB"])
+def test_a_folder_of_save_pretrained_in_one_file_or_several(
+    bert: BertForSequenceClassification, tmp_path: Path, size: str
+) -> None:
+    bert.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (size == "20KB")
+    assert equal(tmp_path, bert.state_dict())
+
+
+def shards_of_torch(folder: Path) -> None:
+    places = {}
+    for number, (name, tensor) in enumerate(STATE.items()):
+        places[name] = f"pytorch_model-{number}.bin"
+        save(folder / places[name], {name: tensor})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_a_folder_with_files_of_torch(tmp_path: Path) -> None:
+    save(tmp_path / "pytorch_model.bin", STATE)
+    assert equal(tmp_path, STATE)
+    (tmp_path / "pytorch_model.bin").unlink()
+    shards_of_torch(tmp_path)
+    assert equal(tmp_path, STATE)
+
+
+def test_a_folder_with_exactly_one_checkpoint(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").symlink_to(run.checkpoint)
+    save(tmp_path / "optimizer.pt", {})
+    save(tmp_path / "rng_state_0.pth", {})
+    assert equal(tmp_path, run.after)
+    assert open_weights(tmp_path).kind == "folder with last.ckpt"
+
+
+def test_names_are_those_without_wrappers(tmp_path: Path) -> None:
+    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()}
+    assert equal(save(tmp_path / "x.pt", wrapped), STATE)
+
+
+def test_a_tied_tensor_is_told_where_the_file_tells(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    assert open_weights(save(tmp_path / "x.pt", model.state_dict())).tied == {}
+    model["b"].weight = model["a"].weight
+    assert open_weights(save(tmp_path / "x.pt", model.state_dict())).tied == {
+        "b.weight": "a.weight"
+    }
+
+
+def test_tensors_stay_on_the_disk_until_they_are_read(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {"w": torch.full((4,), 7.5)})
+    weights = open_weights(path)
+    old, new = (torch.full((4,), value).numpy().tobytes() for value in (7.5, 8.5))
+    with open(path, "r+b") as file:
+        where = file.read().index(old)
+        file.seek(where)
+        file.write(new)
+    assert weights.load("w").tolist() == [8.5] * 4
+
+
+@pytest.mark.parametrize(
+    ("tensor", "what"),
+    [
+        (torch.eye(2).to_sparse(), r"has the layout torch\.sparse_coo"),
+        (torch.zeros(2, device="meta"), r"has no bytes \(meta device\)"),
+    ],
+)
+def test_a_tensor_without_plain_bytes_is_an_error_when_it_is_read(
+    tmp_path: Path, tensor: Tensor, what: str
+) -> None:
+    weights = open_weights(save(tmp_path / "x.pt", {"w": tensor, "v": torch.zeros(1)}))
+    assert weights.load("v").tolist() == [0]
+    with pytest.raises(VerifyError, match=rf"`w` in `.*x\.pt` {what}; only dense"):
+        weights.load("w")
