@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.names import Members, ModelIndex
 
 Why = tuple[str, str]
 
@@ -113,7 +113,9 @@ class Probe:
         self._handles: list[RemovableHandle] = []
         self._compiled: set[str] = set()
         self._fresh = frozenset(fresh)
-        compiled = [path for path, m in index.modules.items() if _is_compiled(m)]
+        everything = Members.of(index.modules[""])
+        pairs = zip(everything.paths, everything.modules)
+        compiled = [path for path, module in pairs if _is_compiled(module)]
         for path in dict.fromkeys(index.owner(name) for name in names):
             around = [c for c in compiled if not c or path == c or path.startswith(c + ".")]
             if around:  # a hook would break its graph
@@ -184,7 +186,8 @@ def _in_reentrant_checkpoint() -> bool:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    by_lightning = getattr(module, "_compiler_ctx", None) is not None
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None or by_lightning
 
 
 def of_all_held(names: Iterable[str], index: ModelIndex, optimizers: Iterable[Optimizer]) -> str:

@@ -64,8 +64,9 @@ class Resumed:
         frozen = run.ledger.declared.frozen
         trains = set(run.ledger.trainable)
         before = {n for n, tensor in self.certificate.frozen.items() if tensor.kind == "parameter"}
-        lost = sorted(before & trains)
-        gained = sorted(self.trainable & frozen)
+        names = run.ledger.index.parameters
+        lost = [name for name in names if name in before and name in trains]
+        gained = [name for name in names if name in self.trainable and name in frozen]
         cause = "This run freezes otherwise than the one that wrote the checkpoint"
         fix = (
             "Use the callbacks and the freezing code of the run that wrote it; if you want another "

@@ -26,7 +26,9 @@ from lightning_freeze.names import ModelIndex
 _FOR_NOTES = 0.003
 _FOR_SLICES = 0.006
 # notes that take no longer than this are always taken, unless a share is asked for
-_ALWAYS = 2e-4
+_ALWAYS = 3e-4
+# steps after each change in which they are taken in any case: the first ones are slow
+_FIRST = 5
 
 
 class AuditRun:
@@ -90,7 +92,7 @@ class AuditRun:
         self._notes, self._slices = Pace(_FOR_NOTES), Pace(_FOR_SLICES)
         self._cost_of_notes = 0.0
         self._noting = True
-        self._owed = 2
+        self._owed = _FIRST
         self._step_began = 0.0
         self._spent = 0.0
         self._probe: Probe | None = None
@@ -119,7 +121,7 @@ class AuditRun:
     def _begin(self, label: str, now: Moment) -> None:
         ledger = self.ledger
         self._trace.begin(ledger.baseline, ledger.index.parameters, ledger.quiet, label, now)
-        self._owed = 2
+        self._owed = _FIRST
         if self.rolling is not None:
             self.rolling.begin(ledger.baseline)
 
@@ -149,12 +151,14 @@ class AuditRun:
         """Before a batch's forward pass."""
         began = perf_counter()
         self.clock = now
-        self._noting = self._owed > 0 or self.hunting or self._notes.credit >= self._cost_of_notes
+        cheap = self.rolling is None and self._cost_of_notes <= _ALWAYS
+        affordable = cheap or self._notes.credit >= self._cost_of_notes
+        self._noting = affordable or self._owed > 0 or self.hunting
         if self._noting:
             self._owed -= 1
             self._trace.look(looks.START, now)
         else:
-            self._trace.skip(now)
+            self._trace.skip()
         dying = self.watch.nearly_dead()
         if dying and self._probe is None:
             index = self.ledger.index
@@ -192,7 +196,8 @@ class AuditRun:
             self._notes.step(step)
             self._slices.step(step)
         if self._noting:
-            self._cost_of_notes = self._spent
+            # one slow step is no reason to look away
+            self._cost_of_notes = min(self._spent, 1.2 * (self._cost_of_notes or self._spent))
             self._notes.spend(self._spent)
         self._step_began = ended
         if self.rolling is not None and self._slices.credit > 0:

@@ -233,9 +233,9 @@ class Trace:
         self._odd.clear()
         self.look(UPDATED, now)
 
-    def skip(self, now: Moment) -> None:
+    def skip(self) -> None:
         """A step goes by without looks: what is found after it was written at some time in it."""
-        self._last = (SKIPPED, now)
+        self._last = (SKIPPED, self._last[1])
         self.complete = False
 
     def _held_by(self, optimizer: Optimizer) -> list[int]:

@@ -73,6 +73,9 @@ def _overriding(owners: list[Any], hook: str) -> Iterator[str]:
     """Those of the user's own that have something to do in a hook."""
     for owner in owners:
         kind = type(owner)
+        if hook and hook in vars(owner):  # as `LambdaCallback` has them
+            yield f"{kind.__name__}.{hook}"
+            continue
         base = LightningModule if isinstance(owner, LightningModule) else Callback
         for definer in kind.__mro__:
             if hook and hook in vars(definer):

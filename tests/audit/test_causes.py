@@ -219,7 +219,7 @@ def test_a_step_that_nobody_watched_is_not_mistaken_for_other_code(model: Net) -
     optimizer = AdamW(model.parameters(), lr=0.1)
     watched = Watched(model, optimizer)
     watched.step()
-    watched.trace.skip((0, 1))
+    watched.trace.skip()
     weight(model).grad = torch.ones(4, 3)
     optimizer.step()
     watched.trace.look(looks.START, (0, 2))
