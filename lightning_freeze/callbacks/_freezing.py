@@ -100,8 +100,9 @@ def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
     """Start the trainer's session, whichever callback comes first."""
     session = _session.session_of(trainer)
     if session is not None and not session.started:
-        loaded = {cb: getattr(cb, "_loaded", None) for cb in _session.callbacks_of(trainer)}
-        session.start(trainer, module, {cb: state for cb, state in loaded.items() if state})
+        # other people's callbacks may have no hash: a dataclass has none
+        ours = [cb for cb in _session.callbacks_of(trainer) if isinstance(cb, FreezingCallback)]
+        session.start(trainer, module, {cb: cb._loaded for cb in ours if cb._loaded})
     return session
 
 

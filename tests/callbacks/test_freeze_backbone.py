@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -201,3 +202,21 @@ def test_user_frozen_parameters_stay_frozen_unless_a_selector_names_them() -> No
     before = state(model)
     trainer(FreezeBackbone(trainable="backbone.embed"), epochs=1).fit(model, loader())
     assert "backbone.embed.weight" in changed(before, state(model))
+
+
+@dataclass
+class Counting(Callback):
+    """A callback of somebody's, as a dataclass: it has no hash."""
+
+    batches: int = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+
+def test_a_callback_beside_it_needs_no_hash() -> None:
+    counting = Counting()
+    audit = TrainableParamAudit(table=False)
+    trainer(counting, FreezeBackbone(), audit, epochs=1).fit(seeded(Toy), loader())
+    assert counting.batches == 4
+    assert audit.findings == []
