@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections import deque
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import accumulate, count
 from threading import Thread
 from typing import Any
 
@@ -151,10 +152,10 @@ def chunk_digest(flat: Tensor, number: int) -> bytes:
     return _of_memory(flat.data_ptr() + number * CHUNK, min(CHUNK, size - number * CHUNK))
 
 
-def joined(flat: Tensor, parts: Sequence[bytes]) -> bytes:
-    """The digest of a tensor from those of its chunks."""
+def joined(flat: Tensor, parts: bytes) -> bytes:
+    """The digest of a tensor from those of its chunks, one behind the other."""
     hasher = _header_of(flat).copy()
-    hasher.update(b"".join(parts))
+    hasher.update(parts)
     return bytes(hasher.digest())
 
 
@@ -170,36 +171,33 @@ def _hash_large(
     found: list[bytes], large: Sequence[tuple[int, Tensor]], parts: dict[int, bytes] | None
 ) -> None:
     """Hash the chunks of large tensors, on as many threads as there are cores."""
-    work: deque[tuple[int, int]] = deque()
-    of_chunks: list[list[bytes]] = []
-    for index, (_, flat) in enumerate(large):
-        count = chunks(flat.nbytes)
-        of_chunks.append([b""] * count)
-        work.extend((index, number) for number in range(count))
+    ends = list(accumulate(chunks(flat.nbytes) for _, flat in large))
+    of_chunks = bytearray(SIZE * ends[-1])
+    turn = count()
 
     def hash_some() -> None:
-        while True:
-            try:
-                index, number = work.popleft()
-            except IndexError:
-                return
-            of_chunks[index][number] = chunk_digest(large[index][1], number)
+        while (chunk := next(turn)) < ends[-1]:
+            index = bisect_right(ends, chunk)
+            flat = large[index][1]
+            value = chunk_digest(flat, chunk - ends[index] + chunks(flat.nbytes))
+            of_chunks[chunk * SIZE : (chunk + 1) * SIZE] = value
 
     total = sum(flat.nbytes for _, flat in large)
     # threads rather than a pool: a pool's threads would be missing after a fork
     helpers = [
         Thread(target=hash_some)
-        for _ in range(min(cores(), 1 + total // _WORTH_A_THREAD, len(work)) - 1)
+        for _ in range(min(cores(), 1 + total // _WORTH_A_THREAD, ends[-1]) - 1)
     ]
     for helper in helpers:
         helper.start()
     hash_some()
     for helper in helpers:
         helper.join()
-    for (position, flat), own in zip(large, of_chunks):
-        found[position] = own[0] if len(own) == 1 else joined(flat, own)
-        if parts is not None and len(own) > 1:
-            parts[position] = b"".join(own)
+    for (position, flat), end in zip(large, ends):
+        own = bytes(of_chunks[(end - chunks(flat.nbytes)) * SIZE : end * SIZE])
+        found[position] = own if len(own) == SIZE else joined(flat, own)
+        if parts is not None and len(own) > SIZE:
+            parts[position] = own
 
 
 def cores() -> int:

@@ -158,6 +158,10 @@ class Baseline:
         parts = (self._parts or {}).get(position)
         return None if parts is None else parts[number * SIZE : (number + 1) * SIZE]
 
+    def parts(self, position: int) -> bytes:
+        """What the digests of all chunks of a large tensor were, one behind the other."""
+        return (self._parts or {})[position]
+
     def address(self, position: int) -> int:
         """Where in memory a tensor was."""
         return self._addresses[position]

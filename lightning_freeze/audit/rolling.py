@@ -139,8 +139,7 @@ class Rolling:
         size = min(CHUNK, flat.nbytes - self._chunk * CHUNK)
         self._chunk += 1
         if self._chunk >= chunks(flat.nbytes):
-            parts = [self._baseline.part(position, i) or b"" for i in range(self._chunk)]
-            if joined(flat, parts) != self._baseline.digest(position):
+            if joined(flat, self._baseline.parts(position)) != self._baseline.digest(position):
                 changed = [position]  # the same bytes in another shape or dtype
             self._position, self._chunk = position + 1, 0
         return size, changed

@@ -23,8 +23,8 @@ from lightning_freeze.layers import LayerGroup
 from lightning_freeze.names import ModelIndex
 
 # shares of a step's time: noting who writes, and comparing slices
-_FOR_NOTES = 0.003
-_FOR_SLICES = 0.006
+_FOR_NOTES = 0.002
+_FOR_SLICES = 0.005
 # notes that take no longer than this are always taken, unless a share is asked for
 _ALWAYS = 3e-4
 # steps after each change in which they are taken in any case: the first ones are slow

@@ -289,13 +289,17 @@ class TrainableParamAudit(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what is so before a validation."""
-        if self._run is not None and not trainer.sanity_checking:
+        if self._run is not None and self._fitting(trainer):
             self._run.look(looks.VALIDATION, self._now(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what it has changed."""
-        if self._run is not None and not trainer.sanity_checking:
+        if self._run is not None and self._fitting(trainer):
             self._run.look(looks.VALIDATED, self._now(trainer))
+
+    @staticmethod
+    def _fitting(trainer: Trainer) -> bool:
+        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, and see who never moved."""
