@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,7 @@ def check_optimizers(
     groups: Iterable[LayerGroup] = (),
     started: ModelIndex | None = None,
     once_held: frozenset[str] = frozenset(),
+    once_frozen: frozenset[str] = frozenset(),
 ) -> list[Seen]:
     """What trains but can't: nothing trainable, in no optimizer; scheduler lists that don't fit.
 
@@ -37,6 +39,7 @@ def check_optimizers(
         groups: layer groups; what is missing is told once for each.
         started: the model at the fit's start, to tell what came later.
         once_held: names that an optimizer held at the fit's start.
+        once_frozen: names that were frozen then.
     """
     names = list(trainable)
     seen: list[Seen] = []
@@ -53,7 +56,8 @@ def check_optimizers(
     held = held_by(optimizers)
     missing = [n for n in names if id(index.parameters[n]) not in held and expected(n)]
     if missing and optimizers:
-        seen += _missing(index, missing, optimizers, list(groups), started, once_held)
+        then = _Then(started, once_held, once_frozen)
+        seen += _missing(index, missing, optimizers, list(groups), then)
     seen += _twice(index, optimizers)
     return seen + _schedulers(optimizers, schedulers)
 
@@ -68,19 +72,27 @@ def held_by(optimizers: Iterable[Optimizer]) -> dict[int, str]:
     }
 
 
+@dataclass(frozen=True)
+class _Then:
+    """How it was when the fit began: the model, what was held, what was frozen."""
+
+    model: ModelIndex | None
+    held: frozenset[str]
+    frozen: frozenset[str]
+
+
 def _missing(
     index: ModelIndex,
     missing: Sequence[str],
     optimizers: Sequence[Optimizer],
     groups: Sequence[LayerGroup],
-    started: ModelIndex | None,
-    once_held: frozenset[str],
+    then: _Then,
 ) -> list[Seen]:
     orphans = _orphans(index, optimizers)
     group_of = {name: group.name for group in groups for name in group.parameters}
     found: dict[tuple[str, tuple[str, str]], list[str]] = {}
     for name in missing:
-        why = _why_missing(name, index, orphans, started, once_held)
+        why = _why_missing(name, index, orphans, then)
         found.setdefault((group_of.get(name, ""), why), []).append(name)
     return [
         Seen(
@@ -97,8 +109,7 @@ def _why_missing(
     name: str,
     index: ModelIndex,
     orphans: Mapping[tuple[int, ...], tuple[str, bool]],
-    started: ModelIndex | None,
-    once_held: frozenset[str],
+    then: _Then,
 ) -> tuple[str, str]:
     orphan = orphans.get(tuple(index.parameters[name].shape))
     if orphan is not None:
@@ -110,16 +121,23 @@ def _why_missing(
             "Make the optimizer from `self.parameters()` in `configure_optimizers`, after anything "
             "that replaces Parameters.",
         )
-    if started is not None and name not in started.canonical:
+    if then.model is not None and name not in then.model.canonical:
         return (
             "It was added to the model after the optimizer was made.",
             "Add it before the fit (`setup`, `configure_model`), so that `configure_optimizers` "
             "sees it.",
         )
-    if name in once_held:
+    if name in then.held:
         return (
             "An optimizer held it when the fit began; its group was emptied or removed since.",
             "Don't change `param_groups` by hand during a fit.",
+        )
+    if name in then.frozen:
+        return (
+            "It was frozen when the fit began and was unfrozen since; `configure_optimizers` took "
+            "only what required a gradient then, or it was dropped with its group.",
+            "Give the optimizer all parameters that will ever train, or unfreeze with "
+            "`GradualUnfreeze`.",
         )
     return (
         "`configure_optimizers` leaves it out.",
@@ -168,6 +186,7 @@ def _schedulers(optimizers: Sequence[Optimizer], schedulers: Iterable[Any]) -> l
     for scheduler in _with_inner(schedulers):
         optimizer = getattr(scheduler, "optimizer", None)
         lists = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "min_lrs", None)
+        lists = lists or getattr(scheduler, "base_values", None)  # timm's
         size = len(lists or ())
         groups = getattr(optimizer, "param_groups", None)
         if groups is None or not size or size == len(groups):

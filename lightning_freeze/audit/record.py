@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Union
 
-from lightning_freeze.audit.findings import Finding
+from lightning_freeze.audit.findings import CHANGED, Finding
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.certificate import Certificate, Certified
 from lightning_freeze.layers import LayerGroup
@@ -155,7 +155,8 @@ class Record:
 
 
 def _key(finding: Finding, by_cause: bool) -> tuple[Any, ...]:
-    return finding.code, finding.names, finding.cause if by_cause else ""
+    cause = finding.cause if by_cause and finding.code in CHANGED else ""
+    return finding.code, finding.names, cause
 
 
 def versions() -> dict[str, str]:

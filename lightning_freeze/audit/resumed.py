@@ -18,7 +18,7 @@ class Resumed:
 
     Attributes:
         certificate: of what was frozen.
-        trainable: names of what trained.
+        trainable: names of what required a gradient.
     """
 
     certificate: Certificate
@@ -34,7 +34,7 @@ class Resumed:
 
     def check(self, run: AuditRun) -> list[Seen]:
         """Compare with a run that has just begun, which then knows since when it is frozen."""
-        return self._bytes(run) + self._set(run)
+        return self._set(run) + self._bytes(run)
 
     def _bytes(self, run: AuditRun) -> list[Seen]:
         baseline = run.ledger.baseline
@@ -61,12 +61,12 @@ class Resumed:
         ]
 
     def _set(self, run: AuditRun) -> list[Seen]:
-        frozen = run.ledger.declared.frozen
-        trains = set(run.ledger.trainable)
-        before = {n for n, tensor in self.certificate.frozen.items() if tensor.kind == "parameter"}
-        names = run.ledger.index.parameters
-        lost = [name for name in names if name in before and name in trains]
-        gained = [name for name in names if name in self.trainable and name in frozen]
+        certified = self.certificate.frozen.items()
+        frozen = {name for name, tensor in certified if tensor.kind == "parameter"}
+        frozen -= self.trainable
+        now = run.ledger.index.parameters
+        lost = [name for name, p in now.items() if p.requires_grad and name in frozen]
+        gained = [name for name, p in now.items() if not p.requires_grad and name in self.trainable]
         cause = "This run freezes otherwise than the one that wrote the checkpoint"
         fix = (
             "Use the callbacks and the freezing code of the run that wrote it; if you want another "

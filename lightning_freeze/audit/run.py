@@ -53,6 +53,7 @@ class AuditRun:
         *,
         now: Moment,
         dead_after: int,
+        managed: bool = False,
         rolling: bool = False,
         omitted: frozenset[str] = frozenset(),
         averages: Callable[[], Sequence[Average]] = tuple,
@@ -68,6 +69,7 @@ class AuditRun:
             optimizers: gives those of the loop.
             now: epoch and optimizer step.
             dead_after: steps without a gradient after which a trainable parameter counts as dead.
+            managed: whether callbacks of ours freeze and unfreeze; otherwise it is done by hand.
             rolling: compare a slice at each step.
             omitted: names that no optimizer needs to hold.
             averages: gives averaged copies.
@@ -87,6 +89,8 @@ class AuditRun:
             index.name_of[key] for key in held_by(optimizers()) if key in index.name_of
         )
         self._frozen_first = declared.frozen
+        self._managed = managed
+        self._without: Optimizer | None = None
         self._movement = Movement()
         self._trace = looks.Trace()
         self._notes, self._slices = Pace(_FOR_NOTES), Pace(_FOR_SLICES)
@@ -107,6 +111,10 @@ class AuditRun:
     def scene(self) -> Scene:
         """What can be looked at for causes."""
         return Scene(self._optimizers(), self._trace, self.averages(), self.who, self.ledger.shared)
+
+    def with_gradient(self) -> frozenset[str]:
+        """Names of what requires a gradient now, whatever was declared."""
+        return frozenset(n for n, p in self.ledger.index.parameters.items() if p.requires_grad)
 
     @property
     def waiting(self) -> bool:
@@ -168,6 +176,8 @@ class AuditRun:
     def update_starts(self, optimizer: Optimizer, now: Moment) -> None:
         """Before an optimizer changes anything."""
         began = perf_counter()
+        params = (p for group in optimizer.param_groups for p in group["params"])
+        self._without = None if any(p.grad is not None for p in params) else optimizer
         dead = self.watch.before_step(optimizer)
         if dead:
             self._tell_of_dead(dead)
@@ -177,6 +187,7 @@ class AuditRun:
 
     def update_ends(self, optimizer: Optimizer, now: Moment) -> None:
         """After it."""
+        self._without = None
         if self._noting:
             began = perf_counter()
             self._trace.after_update(optimizer, now)
@@ -264,18 +275,22 @@ class AuditRun:
             index = self.ledger.now()
             seen += check_optimizers(
                 index,
-                self.ledger.trainable if index is self.ledger.index else self._trains_in(index),
+                self._trains_in(index),
                 self._optimizers(),
                 schedulers,
                 lambda name: name not in self._omitted,
                 groups=self._groups,
                 started=self._started,
                 once_held=self._once_held,
+                once_frozen=self._frozen_first,
             )
         return seen
 
     def _trains_in(self, index: ModelIndex) -> list[str]:
-        frozen = self.ledger.declared.frozen
+        if index is self.ledger.index and self._managed:
+            return self.ledger.trainable
+        # what our callbacks freeze is in no optimizer by intent, whoever turns its flag on
+        frozen = self.ledger.declared.frozen if self._managed else frozenset()
         return [n for n, p in index.parameters.items() if p.requires_grad and n not in frozen]
 
     def check_movement(self, step: int) -> None:
@@ -308,10 +323,19 @@ class AuditRun:
         self._hunted = frozenset()
         self._begin(looks.EPOCH_END, now)
 
-    def _tell_of_dead(self, dead: list[str]) -> None:
+    def last_words(self) -> list[Seen]:
+        """When an exception ends the fit: what wasn't told yet, and a step without any gradient."""
+        if self._without is not None:
+            held = {id(p) for group in self._without.param_groups for p in group["params"]}
+            index = self.ledger.index
+            self._tell_of_dead([name for name, p in index.parameters.items() if id(p) in held], 1)
+        seen, self._queue = self._queue, []
+        return seen
+
+    def _tell_of_dead(self, dead: list[str], steps: int = 0) -> None:
         probe = self._probe or Probe(self.ledger.index, ())
         holder = of_all_held(dead, self.ledger.index, self._optimizers())
-        for seen in without_gradient(self._groups, dead, self.watch.dead_after, probe.why):
+        for seen in without_gradient(self._groups, dead, steps or self.watch.dead_after, probe.why):
             if holder:
                 cause = f"Nothing that {holder} holds has one. {seen.cause}"
                 seen = Seen(seen.code, seen.names, seen.message, cause, seen.fix)

@@ -38,7 +38,8 @@ def without_gradient(
             "no-gradient",
             tuple(members),
             f"{members[0] if len(members) == 1 else f'{len(members)} tensors of `{group}`'} had "
-            f"no gradient for {steps} optimizer steps although trainable",
+            f"no gradient {f'for {steps} optimizer steps' if steps > 1 else 'in a step'} although "
+            "trainable",
             *reason,
         )
         for (group, reason), members in found.items()

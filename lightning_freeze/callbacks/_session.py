@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_freeze import apply, optimizers
+from lightning_freeze.callbacks._precision import check_scaler
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import check_supported, rewrap
 from lightning_freeze.errors import FreezeError, ResumeError
@@ -59,6 +60,7 @@ class Session:
         self.applier: apply.Applier | None = None
         self.listeners: list[Callable[[Session, str], None]] = []
         self._before: frozenset[str] = frozenset()
+        self._resumed: dict[Any, int] = {}
         self._snapshot: apply.Snapshot | None = None
 
     @property
@@ -150,6 +152,9 @@ class Session:
             last = {cb: len(s.stages) - 1 for cb, s in self.schedules.items()}
             trained = self._merged(last).trainable(self.index.parameters)
             self.applier = apply.Applier(self.index, self.groups.held.intersection(trained))
+            first = self._merged(dict.fromkeys(self.schedules, 0))
+            check_scaler(trainer, self.groups, first.frozen)
+            self._resumed = {cb: s["stage"] for cb, s in resumed.items() if "stage" in s}
             clock = (trainer.current_epoch, trainer.global_step)
             stages = {
                 cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
@@ -170,9 +175,25 @@ class Session:
         epoch, step = trainer.current_epoch, trainer.global_step
         stages = {cb: cb.stage(schedule, epoch, step) for cb, schedule in self.schedules.items()}
         if stages != self.stages:
+            self._check_direction(stages)
             self._switch(trainer, stages)
         else:
             self.applier.reassert()
+
+    def _check_direction(self, stages: Mapping[Any, int]) -> None:
+        """A resume with a later schedule would freeze again what has begun to train."""
+        for callback, saved in self._resumed.items():
+            if stages[callback] >= saved:
+                continue
+            schedule = self.schedules[callback]
+            again = schedule.plan(stages[callback]).frozen - schedule.plan(saved).frozen
+            raise ResumeError(
+                f"The checkpoint was written in stage {saved} of its schedule, and "
+                f"{label(callback)} would go back to stage {stages[callback]}: it would freeze "
+                f"{len(again)} parameters again, such as `{min(again, default='')}`. Use the "
+                "schedule of the run that wrote it, or load its weights alone: "
+                "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
+            )
 
     def _merged(self, stages: Mapping[Any, int]) -> FreezePlan:
         plans = [schedule.plan(stages[cb]) for cb, schedule in self.schedules.items()]

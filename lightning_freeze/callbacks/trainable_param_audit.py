@@ -25,7 +25,7 @@ from lightning_freeze.callbacks._freezing import saved_state, start
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
 from lightning_freeze.distributed import from_all_ranks, rank
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.report import groups_or_children, write_json
+from lightning_freeze.report import groups_or_children
 from lightning_freeze.timeline import Moment
 
 # with several ranks, what slices find is told when all of them come to the same step
@@ -108,12 +108,18 @@ class TrainableParamAudit(Callback):
 
     def _reset(self) -> None:
         self._record = Record()
-        self._chronicle = Chronicle(self._record, table=self.table, log_metrics=self.log_metrics)
+        self._chronicle = Chronicle(
+            self._record,
+            table=self.table,
+            log_metrics=self.log_metrics,
+            report=self.report,
+            certificate=self.certificate,
+        )
         self._session: _session.Session | None = None
         self._run: AuditRun | None = None
         self._declared = Declared(frozenset())
         self._resumed: Resumed | None = None
-        self._hooks: list[Any] = []
+        self._hooks: dict[int, Any] = {}
         self._wrapped: frozenset[str] = frozenset()
         self._last_step = 0
         self._hunt_ends = -1
@@ -164,7 +170,7 @@ class TrainableParamAudit(Callback):
         record = self._current()
         return {
             "certificate": record.certificate(self._run).to_dict(),
-            "trainable": self._run.ledger.trainable,
+            "trainable": list(self._run.with_gradient()),
             "moments": [moment.to_dict() for moment in record.moments],
             "checks": record.checks,
         }
@@ -176,7 +182,7 @@ class TrainableParamAudit(Callback):
         if self._run is None or self._ended:
             return
         self._run.look(looks.SAVED, self._now(trainer))
-        self._certify(trainer)
+        self._chronicle.certify(trainer, self._run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""
@@ -211,6 +217,7 @@ class TrainableParamAudit(Callback):
             lambda: trainer.optimizers,
             now=self._now(trainer),
             dead_after=self.dead_after,
+            managed=session.managed,
             rolling=self.every == "rolling",
             omitted=left_out(
                 session.index, self._record.groups, trainer.optimizers, managed=session.managed
@@ -218,16 +225,15 @@ class TrainableParamAudit(Callback):
             averages=lambda: averages_of(trainer, ended=self._ended),
             who=lambda after, before: who_runs(trainer, self, after, before),
         )
-        for optimizer in trainer.optimizers:
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._hooks.append(
-                    optimizer.register_step_post_hook(
-                        lambda o, *_: run.update_ends(o, self._now(trainer))
-                    )
-                )
         self._last_step = trainer.global_step
         self._chronicle.change(trainer, session, run)
-        self._check(trainer, [] if self._resumed is None else self._resumed.check(run))
+        if self._resumed is None or session.managed:
+            self._first_check(trainer)
+
+    def _first_check(self, trainer: Trainer) -> None:
+        assert self._run is not None
+        resumed, self._resumed = self._resumed, None
+        self._check(trainer, [] if resumed is None else resumed.check(self._run))
 
     def _on_change(self, trainer: Trainer, when: str) -> None:
         """Check what was, then declare what is to be."""
@@ -258,16 +264,26 @@ class TrainableParamAudit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note what is so before the step."""
-        if self._session is not None and self._run is not None:
-            self._session.tick(trainer)
-            self._run.batch_starts(self._now(trainer))
+        if self._session is None or self._run is None:
+            return
+        self._session.tick(trainer)
+        if self._resumed is not None:
+            # a freeze by hand is often put back at an epoch's start, behind `on_train_start`
+            self._first_check(trainer)
+        self._run.batch_starts(self._now(trainer))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Any
     ) -> None:
         """See who has a gradient."""
-        if self._run is not None:
-            self._run.update_starts(optimizer, self._now(trainer))
+        run = self._run
+        if run is None:
+            return
+        if id(optimizer) not in self._hooks and hasattr(optimizer, "register_step_post_hook"):
+            self._hooks[id(optimizer)] = optimizer.register_step_post_hook(
+                lambda o, *_: run.update_ends(o, self._now(trainer))
+            )
+        run.update_starts(optimizer, self._now(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -342,17 +358,16 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """Report what was found until then."""
         if self._run is not None:
+            self._keep(trainer, [self._stamped(trainer, self._run.last_words())])
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        for hook in self._hooks:
+        for hook in self._hooks.values():
             hook.remove()
-        self._hooks = []
+        self._hooks = {}
         if self._run is not None:
             self._run.stop()
-        if self.report is not None and trainer.is_global_zero:
-            write_json(self.report, self.to_dict())
-        self._certify(trainer)
+            self._chronicle.write(trainer, self._run)
 
     # what was found
 
@@ -379,36 +394,32 @@ class TrainableParamAudit(Callback):
         if len(set(whole)) == 1:
             return []
         each = from_all_ranks(mine.by_name)
-        return check_ranks(each, set(run.ledger.trainable) - self._wrapped) if rank() == 0 else []
+        return check_ranks(each, run.with_gradient() - self._wrapped) if rank() == 0 else []
 
     def _judge(self, trainer: Trainer, seen: list[Seen], *, alone: bool = False) -> list[Finding]:
         """Keep what is new, and raise or warn: all ranks together, unless the fit is over."""
-        mine = [item.at(trainer.current_epoch, trainer.global_step, rank()) for item in seen]
-        every = [mine] if alone else from_all_ranks(mine)
-        hunting = self._run is not None and self._run.hunting
-        new = self._record.keep([f for found in every for f in found], by_cause=hunting)
+        mine = self._stamped(trainer, seen)
+        new = self._keep(trainer, [mine] if alone else from_all_ranks(mine))
         if new and self.on_violation == "raise":
             raise error_for(new)
-        for finding in new if trainer.is_global_zero else ():
-            warnings.warn(str(finding), stacklevel=2)
+        return new
+
+    @staticmethod
+    def _stamped(trainer: Trainer, seen: list[Seen]) -> list[Finding]:
+        return [item.at(trainer.current_epoch, trainer.global_step, rank()) for item in seen]
+
+    def _keep(self, trainer: Trainer, found: list[list[Finding]]) -> list[Finding]:
+        """Add what is new to the record; warn of it unless it is going to be raised."""
+        hunting = self._run is not None and self._run.hunting
+        new = self._record.keep([f for each in found for f in each], by_cause=hunting)
+        if self.on_violation == "warn" and trainer.is_global_zero:
+            for finding in new:
+                warnings.warn(str(finding), stacklevel=2)
         return new
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
         return self._current().to_dict(self._run)
-
-    def _certify(self, trainer: Trainer) -> None:
-        path = self._certificate_path(trainer)
-        if path is not None and self._run is not None and trainer.is_global_zero:
-            write_json(path, self._current().certificate(self._run).to_dict())
-
-    def _certificate_path(self, trainer: Trainer) -> Path | None:
-        if isinstance(self.certificate, Path):
-            return self.certificate
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if not self.certificate or not folder or "://" in str(folder):
-            return None
-        return Path(folder) / "certificate.json"
 
     def plot(self, path: Union[str, os.PathLike[str], None] = None) -> Any:
         """Draw which layers trained when, with their learning rates.

@@ -1,0 +1,33 @@
+"""Mixed precision with float16: a gradient scaler wants something to look at in each optimizer."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from lightning_freeze.errors import ConflictError
+from lightning_freeze.optimizers import OptimizerGroups, whole_groups
+
+
+def check_scaler(trainer: Trainer, groups: OptimizerGroups, frozen: frozenset[str]) -> None:
+    """Refuse to freeze all that an optimizer holds where a `GradScaler` would step it.
+
+    Args:
+        trainer: its precision plugin may have a scaler.
+        groups: the optimizers' groups.
+        frozen: names of what is frozen at first; later it can only be less.
+
+    Raises:
+        ConflictError: torch would end the first step with "No inf checks were recorded".
+    """
+    if getattr(trainer.precision_plugin, "scaler", None) is None:
+        return
+    name_of = groups.index.name_of
+    for number, optimizer in enumerate(groups.optimizers):
+        held = [p for params in whole_groups(optimizer) for p in params]
+        if held and all(name_of.get(id(p)) in frozen for p in held):
+            raise ConflictError(
+                f"All {len(held)} tensors that optimizer {number} ({type(optimizer).__name__}) "
+                "holds are frozen at first, and with float16 mixed precision torch's GradScaler "
+                'can\'t step an optimizer without gradients. Use `precision="bf16-mixed"`, or '
+                "leave something of it trainable."
+            )
