@@ -74,9 +74,13 @@ def digests(
             and tensor.is_contiguous()
         ):
             dtype = tensor.dtype
-            header = _headers.get((dtype, tensor.shape)) or _header(dtype, tensor.shape)
-            size = tensor.nbytes
-            if size <= _ALONE and not dtype.is_complex and not tensor.is_neg():
+            if not dtype.is_complex and not tensor.is_neg():
+                size = tensor.nbytes
+                if size > _ALONE:
+                    found.append(b"")
+                    large.append((position, tensor))
+                    continue
+                header = _headers.get((dtype, tensor.shape)) or _header(dtype, tensor.shape)
                 hasher = header.copy()
                 if size:
                     array = _arrays.get(size) or _array(size)

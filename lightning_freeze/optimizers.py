@@ -150,6 +150,14 @@ class OptimizerGroups:
         ]
 
 
+def forget(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the state that optimizers keep of some parameters, such as momentum."""
+    listed = list(parameters)
+    for optimizer in optimizers:
+        for parameter in listed:
+            optimizer.state.pop(parameter, None)
+
+
 def learning_rates(index: ModelIndex, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """Parameter name -> learning rate now, for what any optimizer holds, frozen or not."""
     found: dict[str, float] = {}

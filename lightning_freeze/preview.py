@@ -101,7 +101,8 @@ class SchedulePreview:
         from rich.table import Table
 
         table = Table(
-            title=f"{len(self.rows)} stages in {self.max_epochs} epochs", title_justify="left"
+            title=f"{_count(len(self.rows), 'stage')} in {_count(self.max_epochs, 'epoch')}",
+            title_justify="left",
         )
         table.add_column({"metric": "stage"}.get(self.unit, self.unit), justify="right")
         table.add_column("unfreezes", overflow="fold")
@@ -157,6 +158,10 @@ class SchedulePreview:
             unit={"metric": "stage"}.get(self.unit, self.unit),
             colour="factor on the learning rate",
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _joined(names: Sequence[str], most: int = 3) -> str:

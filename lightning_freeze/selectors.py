@@ -199,7 +199,9 @@ def _what_exists(index: ModelIndex, selector: str) -> str:
         prefix = ".".join(parts[:depth])
         for name in index.modules:
             if name == prefix or name.endswith("." + prefix):
-                inside = [child.rpartition(".")[2] for child, _ in index.children(name)]
+                own = [n for n in index.canonical if index.owner(n) == name]
+                parts_of = [*own, *(child for child, _ in index.children(name))]
+                inside = [part.rpartition(".")[2] for part in parts_of]
                 if inside:
                     return f"`{name}` has: {some(inside, 12)}."
     return _top_level(index)

@@ -68,7 +68,7 @@ def test_the_parts_of_large_tensors_can_be_kept() -> None:
     assert parts.keys() == {1}
     each = [parts[1][i : i + 16] for i in range(0, len(parts[1]), 16)]
     assert each == [chunk_digest(tensors[1], number) for number in range(3)]
-    assert joined(tensors[1], each) == found[1]
+    assert joined(tensors[1], parts[1]) == found[1]
 
 
 def test_one_thread_and_several_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Union
 
+import torch
 from torch import Tensor, nn
 
 from lightning_freeze import accelerator
@@ -19,6 +20,8 @@ from lightning_freeze.digests import SIZE, dense, digests
 # a parameter is watched as an object, a buffer where it hangs: it may be assigned anew
 Place = Union[nn.Parameter, tuple[nn.Module, str]]
 Moment = tuple[int, int]
+Form = tuple[torch.dtype, torch.Size]
+_NO_FORM: Form = (torch.float32, torch.Size())
 
 
 class Baseline:
@@ -33,6 +36,7 @@ class Baseline:
     __slots__ = (
         "_addresses",
         "_digests",
+        "_forms",
         "_on_device",
         "_parts",
         "_places",
@@ -48,6 +52,7 @@ class Baseline:
         self._places: list[Place] = []
         self._digests = bytearray()
         self._addresses = array("Q")
+        self._forms: list[Form] = []
         self._on_device: set[int] = set()
         self._parts: dict[int, bytes] | None = None
 
@@ -82,6 +87,7 @@ class Baseline:
         self.versions = [0] * size
         self._digests = bytearray(SIZE * size)
         self._addresses = array("Q", bytes(8 * size))
+        self._forms = [_NO_FORM] * size
         kept = self._take_over(before) if before is not None and len(before) else frozenset()
         for block in _blocks(size):
             self.renew([position for position in block if position not in kept], now)
@@ -99,6 +105,7 @@ class Baseline:
             self.since[position] = before.since[known]
             self.versions[position] = before.versions[known]
             self._addresses[position] = before._addresses[known]
+            self._forms[position] = before._forms[known]
             self._digests[position * SIZE : (position + 1) * SIZE] = before.digest(known)
             if known in before._on_device:
                 self._on_device.add(position)
@@ -109,7 +116,10 @@ class Baseline:
     def renew(self, positions: Iterable[int], now: Moment) -> None:
         """Take some of the tensors down as they are now."""
         pairs = self._present(positions)
+        same: dict[Form, Form] = {}
         for position, tensor in pairs:
+            form = (tensor.dtype, tensor.shape)
+            self._forms[position] = same.setdefault(form, form)
             self._on_device.discard(position)
             if not tensor.is_cpu and accelerator.served(tensor.device):
                 self._on_device.add(position)
@@ -165,6 +175,16 @@ class Baseline:
     def address(self, position: int) -> int:
         """Where in memory a tensor was."""
         return self._addresses[position]
+
+    def form(self, position: int) -> Form:
+        """What dtype and shape a tensor had."""
+        return self._forms[position]
+
+    def move(self, position: int, module: nn.Module) -> None:
+        """A buffer hangs from another module now; what it was stays."""
+        place = self._places[position]
+        if isinstance(place, tuple) and module._buffers.get(place[1]) is not None:
+            self._places[position] = (module, place[1])
 
     def here(self, position: int) -> bool:
         """Whether a tensor was in this process's memory, and not on an accelerator."""

@@ -7,15 +7,19 @@ a gradient, optimizer state, a version counter, an address.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.audit.baseline import Baseline, address
 from lightning_freeze.audit.scene import Scene
 from lightning_freeze.audit.trace import (
+    BEGIN,
     END,
     EPOCH,
     EPOCH_END,
+    FIT,
     FIT_END,
     SAVED,
     START,
@@ -31,8 +35,11 @@ from lightning_freeze.digests import digest
 Why = tuple[str, str]
 
 _PARTS = {
+    (BEGIN, FIT): "before the fit's first batch",
+    (FIT, EPOCH): "before the fit's first batch",
     (START, UPDATE): "in the forward or backward pass of a batch",
-    (START, END): "in the forward or backward pass of a batch",
+    (START, UPDATED): "in a batch",
+    (START, END): "in a batch",
     (UPDATED, END): "between the optimizer's update and the batch's end",
     (END, START): "between two batches",
     (EPOCH, START): "before the epoch's first batch",
@@ -66,7 +73,13 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
     if update is None:
         update = _afterwards(baseline, position, scene)
     if update is not None:
-        return _by_optimizer(update, now=tensor.requires_grad)
+        if update.gradient != "none" and not update.flag and name in scene.reduced:
+            return (
+                f"{update.optimizer} holds it, and DistributedDataParallel gives it a gradient at "
+                "each step: it required one when the model was wrapped.",
+                "Freeze through these callbacks, which wrap the model anew, or before the fit.",
+            )
+        return _by_optimizer(update, _turned_on(name, scene), now=tensor.requires_grad)
     partner = scene.shared.get(name)
     if partner is not None:
         return (
@@ -77,6 +90,16 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
     average = _average_with(name, tensor, scene)
     if average is not None:
         return average
+    dtype, shape = baseline.form(position)
+    if tensor.dtype != dtype or tensor.shape != shape:
+        was, now = str(dtype).removeprefix("torch."), str(tensor.dtype).removeprefix("torch.")
+        what = f"{tuple(tensor.shape)} instead of {tuple(shape)}"
+        if tensor.dtype != dtype:
+            what = f"{now} instead of {was}" + (f", {what}" if tensor.shape != shape else "")
+        return (
+            f"It was given another shape or dtype: it is {what} now{_where(write, scene)}.",
+            "Resize or convert before the fit (`setup`, `configure_model`).",
+        )
     if address(tensor) != baseline.address(position):
         return (
             "Its memory was exchanged: `.data` was assigned anew"
@@ -101,10 +124,13 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
 
 
 def _where(write: Write | None, scene: Scene) -> str:
-    if write is None:
-        return ""
-    runs = scene.who(write.after, write.before)
-    return f", {part_of_fit(write.after, write.before)}{f' (there: {runs})' if runs else ''}"
+    return "" if write is None else when(write.after, write.before, scene.who)
+
+
+def when(after: str, before: str, who: Callable[[str, str], str]) -> str:
+    """Two looks -> between which parts of the fit, and whose code runs there, to end a sentence."""
+    runs = who(after, before)
+    return f", {part_of_fit(after, before)}{f' (there: {runs})' if runs else ''}"
 
 
 def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | None:
@@ -131,12 +157,17 @@ def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | Non
     return None
 
 
-def _by_optimizer(update: Update, *, now: bool) -> Why:
+def _turned_on(name: str, scene: Scene) -> str:
+    flip = scene.trace.flips.get(name) if scene.trace else None
+    return "" if flip is None else when(flip.after, flip.before, scene.who)
+
+
+def _by_optimizer(update: Update, turned_on: str, *, now: bool) -> Why:
     name = update.optimizer
     if update.flag:
         is_on = "is True" if now else "was True for a time"
         return (
-            f"`requires_grad` {is_on}: other code turned it on, and {name} holds it.",
+            f"`requires_grad` {is_on}: other code turned it on{turned_on}, and {name} holds it.",
             "Find what sets `requires_grad` and leave that to one callback.",
         )
     if update.gradient == "some":

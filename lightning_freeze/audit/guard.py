@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_freeze.audit.identity import overlapping
 from lightning_freeze.audit.ledger import Ledger
 from lightning_freeze.audit.leftovers import left_over
 from lightning_freeze.audit.scene import Scene, shared_memory
+from lightning_freeze.audit.switches import by_batch
 from lightning_freeze.audit.trace import START, Trace
 from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.errors import FrozenWeightsChanged
@@ -40,6 +42,10 @@ def assert_frozen(model: nn.Module) -> Iterator[None]:
 
     Raises:
         FrozenWeightsChanged: names what changed, and why.
+
+    Warns:
+        UserWarning: the optimizers of the block stepped another model of this kind, such as the
+            one that ``transformers.Trainer(model_init=...)`` makes.
 
     Example:
         >>> model = nn.Linear(2, 2).requires_grad_(False)
@@ -74,6 +80,7 @@ written through `.data` or from outside of autograd. Find code that writes `.dat
     finally:
         for hook in hooks:
             hook.remove()
+    _warn_of_another(ledger.index, optimizers.values())
     frozen = {n for n, first in ledger.index.canonical.items() if first in ledger.declared.frozen}
     scene = Scene(list(optimizers.values()), trace, shared=ledger.shared)
     findings = [
@@ -84,6 +91,21 @@ written through `.data` or from outside of autograd. Find code that writes `.dat
     ]
     if findings:
         raise FrozenWeightsChanged("\n".join(map(str, findings)), findings)
+
+
+def _warn_of_another(index: ModelIndex, optimizers: Iterable[Optimizer]) -> None:
+    """Nothing of this model was stepped, but something of just its shapes was."""
+    held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    if not held or any(id(p) in index.name_of for p in held):
+        return
+    trainable = {p.shape for p in index.parameters.values() if p.requires_grad}
+    if trainable and trainable <= {p.shape for p in held}:
+        warnings.warn(
+            "`assert_frozen` watched a model that no optimizer of the block trains; they step "
+            "another one with the same shapes. Give it the model that is trained, such as "
+            "`trainer.model`.",
+            stacklevel=4,
+        )
 
 
 def audit_parameters(
@@ -130,22 +152,33 @@ def audit_parameters(
         index, trains, listed, (), lambda name: name not in omitted, groups=groups
     )
     seen += overlapping(shared_memory(index), held if listed else frozenset(trains))
-    seen += _moving_statistics(index) + left_over(frozen, listed)
+    seen += _moving_statistics(index) + by_batch(index, _frozen_norms(index))
+    seen += left_over(lambda: frozen, listed)
     if listed:
         seen += hidden(model, listed)
     return [item.at(0, 0, 0) for item in seen]
 
 
-def _moving_statistics(index: ModelIndex) -> list[Seen]:
-    """Frozen batch-norms in train mode."""
-    paths = [
+def _frozen_norms(index: ModelIndex) -> list[str]:
+    """Paths of batch-norms of which nothing trains."""
+    return [
         path
         for path, module in index.modules.items()
         if is_batch_norm(module)
-        and module.training
-        and getattr(module, "running_mean", None) is not None
         and index.within(module)
         and not any(index.parameters[name].requires_grad for name in index.within(module))
+    ]
+
+
+def _moving_statistics(index: ModelIndex) -> list[Seen]:
+    """Frozen batch-norms in train mode."""
+    norms = {path: index.modules[path] for path in _frozen_norms(index)}
+    paths = [
+        path
+        for path, module in norms.items()
+        if module.training
+        and getattr(module, "track_running_stats", True)
+        and getattr(module, "running_mean", None) is not None
     ]
     if not paths:
         return []

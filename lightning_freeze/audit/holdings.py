@@ -111,6 +111,12 @@ def _why_missing(
     orphans: Mapping[tuple[int, ...], tuple[str, bool]],
     then: _Then,
 ) -> tuple[str, str]:
+    known = None if then.model is None else then.model.parameters.get(name)
+    if known is not None and known is not index.parameters[name]:
+        return (
+            "It is another Parameter than when the fit began: optimizers were given the old one.",
+            "Replace or resize before the fit, so that `configure_optimizers` sees it.",
+        )
     orphan = orphans.get(tuple(index.parameters[name].shape))
     if orphan is not None:
         kind, on_meta = orphan

@@ -12,11 +12,12 @@ from lightning_freeze.apply import can_train, quiet_modules
 from lightning_freeze.audit.baseline import Baseline, Moment, Place
 from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
 from lightning_freeze.audit.findings import Seen
+from lightning_freeze.audit.holdings import held_by
 from lightning_freeze.audit.identity import overlapping, replaced, split_ties
 from lightning_freeze.audit.leftovers import left_over
 from lightning_freeze.audit.roster import Roster
 from lightning_freeze.audit.scene import Scene, shared_memory
-from lightning_freeze.audit.switches import awake, flipped
+from lightning_freeze.audit.switches import awake, by_batch, flipped
 from lightning_freeze.digests import digests
 from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.plan import FreezePlan
@@ -53,6 +54,7 @@ class Ledger:
         index: its names when the ledger was made.
         declared: what holds now; what `requires_grad` says where nothing was declared.
         baseline: what the frozen tensors were, parameters first, then buffers.
+        flags: for each parameter, whether it should require a gradient.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -95,7 +97,7 @@ class Ledger:
         self.declared = declared
         self.shared = shared_memory(self.index)
         # what can't require a gradient isn't asked to
-        self._flags = bytes(
+        self.flags = bytes(
             name not in declared.frozen and can_train(parameter)
             for name, parameter in self.index.parameters.items()
         )
@@ -136,15 +138,13 @@ class Ledger:
         now = self.now()
         seen: list[Seen] = []
         if now is not self.index:
-            seen += split_ties(self.index, now) + replaced(self.index, now)
-        held = frozenset(
-            now.name_of[id(p)]
-            for optimizer in scene.optimizers
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if self.shared and id(p) in now.name_of
-        )
-        seen += overlapping(self.shared, held)
+            held = held_by(scene.optimizers)
+            seen += split_ties(self.index, now) + replaced(self.index, now, held)
+            self._follow_buffers(now)
+        if self.shared:
+            held = held_by(scene.optimizers)
+            names = frozenset(now.name_of[key] for key in held if key in now.name_of)
+            seen += overlapping(self.shared, names)
         changed = self.baseline.changed(only)
         seen += self.changes(changed, scene, now)
         if flags and (now is not self.index or not self._as_declared()):
@@ -153,30 +153,32 @@ class Ledger:
             seen += flipped(
                 self.index, now, self.declared.frozen, self.declared.still, flips, scene.who
             )
-            seen += awake(now, self.declared.quiet, modes, scene.who)
+            seen += awake(self.index, now, self.declared.quiet, modes, scene.who)
+        if flags:
+            seen += by_batch(now, self.declared.still)
         if only is None:
             seen += self.drifting(scene, changed)
-        return seen + left_over(self._frozen(now), scene.optimizers)
+        return seen + left_over(lambda: self._frozen(now), scene.optimizers)
 
     @property
     def trainable(self) -> list[str]:
         """Names of what was declared to train."""
-        return [name for name, trains in zip(self.index.parameters, self._flags) if trains]
+        return [name for name, trains in zip(self.index.parameters, self.flags) if trains]
 
     def _as_declared(self) -> bool:
         """Whether all flags and modes are what was declared: a quick look at the same objects."""
         flags = bytes(p.requires_grad for p in self.index.parameters.values())
         modules = self.index.modules
-        return flags == self._flags and not any(
+        return flags == self.flags and not any(
             modules[path].training for path in self.declared.quiet
         )
 
-    def _frozen(self, now: ModelIndex) -> list[tuple[str, Tensor]]:
-        named = zip(self.baseline.names, self.baseline.parameters())
-        if now is self.index:
-            return list(named)
-        found = ((name, now.parameters.get(now.canonical.get(name, ""))) for name, _ in named)
-        return [(name, parameter) for name, parameter in found if parameter is not None]
+    def _frozen(self, now: ModelIndex) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in zip(self.baseline.names, self.baseline.parameters()):
+            if now is self.index:
+                yield name, parameter
+            elif name in now.canonical:
+                yield name, now.parameters[now.canonical[name]]
 
     def changes(
         self, positions: Iterable[int], scene: Scene, now: ModelIndex | None = None
@@ -211,6 +213,14 @@ class Ledger:
             )
             for (code, why), members in groups.items()
         ]
+
+    def _follow_buffers(self, now: ModelIndex) -> None:
+        """Where a module took the place of another, its buffers took that of the other's."""
+        for position, name in enumerate(self.baseline.names):
+            if self.baseline.is_buffer(position):
+                module = now.modules.get(now.owner(name))
+                if module is not None and module is not self.baseline.owner(position):
+                    self.baseline.move(position, module)
 
     def _present(self, position: int, now: ModelIndex) -> bool:
         if self.baseline.is_buffer(position):

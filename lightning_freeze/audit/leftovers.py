@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -10,12 +10,14 @@ from torch.optim import Optimizer
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.names import some
 
+Named = Iterable[tuple[str, Tensor]]
 
-def left_over(frozen: Sequence[tuple[str, Tensor]], optimizers: Sequence[Optimizer]) -> list[Seen]:
+
+def left_over(frozen: Callable[[], Named], optimizers: Sequence[Optimizer]) -> list[Seen]:
     """Gradients of frozen tensors, and momentum that an optimizer still holds them with.
 
     Args:
-        frozen: name and parameter of what was declared frozen.
+        frozen: gives name and parameter of what was declared frozen.
         optimizers: of the loop.
     """
     held = {
@@ -25,11 +27,11 @@ def left_over(frozen: Sequence[tuple[str, Tensor]], optimizers: Sequence[Optimiz
         for parameter in group["params"]
         if not parameter.requires_grad
     }
-    seen = _gradients(frozen, held)
-    return seen + _states(frozen, held, optimizers) if held else seen
+    seen = _gradients(frozen(), held)
+    return seen + _states(frozen(), held, optimizers) if held else seen
 
 
-def _gradients(frozen: Sequence[tuple[str, Tensor]], held: Mapping[int, str]) -> list[Seen]:
+def _gradients(frozen: Named, held: Mapping[int, str]) -> list[Seen]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, parameter in frozen:
         if parameter.grad is not None and not parameter.requires_grad:
@@ -61,11 +63,7 @@ def _why_gradient(parameter: Tensor, held: Mapping[int, str]) -> tuple[str, str]
     )
 
 
-def _states(
-    frozen: Sequence[tuple[str, Tensor]],
-    held: Mapping[int, str],
-    optimizers: Sequence[Optimizer],
-) -> list[Seen]:
+def _states(frozen: Named, held: Mapping[int, str], optimizers: Sequence[Optimizer]) -> list[Seen]:
     kept = [(name, parameter) for name, parameter in frozen if id(parameter) in held]
     found = []
     for optimizer in optimizers:

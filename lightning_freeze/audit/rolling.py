@@ -32,9 +32,16 @@ class Pace:
     def __init__(self, share: float) -> None:
         self.share = share
         self.credit = 0.0
+        self._usual = 0.0
 
     def step(self, seconds: float) -> None:
-        """Another step has gone by; what isn't used isn't saved for more than a hundred steps."""
+        """Another step has gone by.
+
+        One that was held up, by data or a checkpoint, earns no more than two usual ones, and what
+        isn't used isn't saved for more than a hundred steps.
+        """
+        seconds = min(seconds, 2 * self._usual or seconds)
+        self._usual += 0.1 * (seconds - self._usual) if self._usual else seconds
         earned = self.share * seconds
         self.credit = min(self.credit + earned, max(100 * earned, self.credit))
 

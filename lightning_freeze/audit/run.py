@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -27,6 +27,8 @@ _FOR_NOTES = 0.002
 _FOR_SLICES = 0.005
 # notes that take no longer than this are always taken, unless a share is asked for
 _ALWAYS = 3e-4
+# what was right when everything was compared last, if no look saw it going wrong
+_DATED = (*CHANGED, "parameter-replaced", "tie-split")
 # steps after each change in which they are taken in any case: the first ones are slow
 _FIRST = 5
 
@@ -58,6 +60,7 @@ class AuditRun:
         omitted: frozenset[str] = frozenset(),
         averages: Callable[[], Sequence[Average]] = tuple,
         who: Callable[[str, str], str] = nobody,
+        reduced: Callable[[], Collection[str]] = tuple,
     ) -> None:
         """Take the model down.
 
@@ -74,7 +77,9 @@ class AuditRun:
             omitted: names that no optimizer needs to hold.
             averages: gives averaged copies.
             who: says which code runs between two looks.
+            reduced: gives names of what DistributedDataParallel gives a gradient.
         """
+        self._reduced = reduced
         self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
         self.watch = GradientWatch(dead_after)
         self.clock = now
@@ -91,6 +96,8 @@ class AuditRun:
         self._frozen_first = declared.frozen
         self._managed = managed
         self._without: Optimizer | None = None
+        self._updating = False
+        self._closed: set[int] = set()
         self._movement = Movement()
         self._trace = looks.Trace()
         self._notes, self._slices = Pace(_FOR_NOTES), Pace(_FOR_SLICES)
@@ -105,12 +112,21 @@ class AuditRun:
         self._looked_for_hidden = False
         self._compared = now
         self._arm(now)
-        self._begin(looks.FIT, now)
+        # flags were declared when the fit was set up; since then other code has run
+        self._begin(looks.BEGIN, now, self.ledger.flags)
+        self.look(looks.FIT, now)
 
     @property
     def scene(self) -> Scene:
         """What can be looked at for causes."""
-        return Scene(self._optimizers(), self._trace, self.averages(), self.who, self.ledger.shared)
+        return Scene(
+            self._optimizers(),
+            self._trace,
+            self.averages(),
+            self.who,
+            self.ledger.shared,
+            self._reduced(),
+        )
 
     def with_gradient(self) -> frozenset[str]:
         """Names of what requires a gradient now, whatever was declared."""
@@ -126,12 +142,15 @@ class AuditRun:
         """Whether some tensors are read at every look, to see who writes them."""
         return bool(self._hunted)
 
-    def _begin(self, label: str, now: Moment) -> None:
-        ledger = self.ledger
-        self._trace.begin(ledger.baseline, ledger.index.parameters, ledger.quiet, label, now)
+    def _begin(
+        self, label: str, now: Moment, flags: bytes | None = None, *, again: bool = False
+    ) -> None:
+        baseline, parameters = self.ledger.baseline, self.ledger.index.parameters
+        quiet = self.ledger.quiet
+        self._trace.begin(baseline, parameters, quiet, label, now, flags, again=again)
         self._owed = _FIRST
         if self.rolling is not None:
-            self.rolling.begin(ledger.baseline)
+            self.rolling.begin(baseline)
 
     def declare(self, declared: Declared, now: Moment) -> None:
         """Something froze or unfroze."""
@@ -165,6 +184,7 @@ class AuditRun:
         if self._noting:
             self._owed -= 1
             self._trace.look(looks.START, now)
+            self._trace.look_at_flags(looks.START, now)
         else:
             self._trace.skip()
         dying = self.watch.nearly_dead()
@@ -173,9 +193,15 @@ class AuditRun:
             self._probe = Probe(index, dying, self._frozen_first.intersection(dying))
         self._spent = perf_counter() - began
 
+    def step_starts(self, optimizer: Optimizer, now: Moment) -> None:
+        """Before an optimizer's `step`, and before the closure that most of them call in it."""
+        if id(optimizer) in self._closed:
+            self.update_starts(optimizer, now)
+
     def update_starts(self, optimizer: Optimizer, now: Moment) -> None:
         """Before an optimizer changes anything."""
         began = perf_counter()
+        self._updating = True
         params = (p for group in optimizer.param_groups for p in group["params"])
         self._without = None if any(p.grad is not None for p in params) else optimizer
         dead = self.watch.before_step(optimizer)
@@ -188,6 +214,9 @@ class AuditRun:
     def update_ends(self, optimizer: Optimizer, now: Moment) -> None:
         """After it."""
         self._without = None
+        if not self._updating:  # it doesn't call the closure, in which `update_starts` is called
+            self._closed.add(id(optimizer))
+        self._updating = False
         if self._noting:
             began = perf_counter()
             self._trace.after_update(optimizer, now)
@@ -264,8 +293,7 @@ class AuditRun:
         """
         seen = self._queue + [
             item
-            if item.since is not None or item.code not in CHANGED
-            # no look saw it being written: it was right when everything was compared last
+            if item.since is not None or item.code not in _DATED
             else replace(item, since=self._compared)
             for item in self.ledger.check(self.scene, flags=flags)
         ]
@@ -314,14 +342,14 @@ class AuditRun:
         baseline = self.ledger.baseline
         positions = [p for p, name in enumerate(baseline.names) if name in names]
         baseline.renew(positions, now)
-        self._begin(looks.EPOCH, now)
+        self._begin(looks.EPOCH_END, now, again=True)
         self._hunted = frozenset(names)
         self._trace.suspect(names)
 
     def give_up(self, now: Moment) -> None:
         """The hunt's epoch is over."""
         self._hunted = frozenset()
-        self._begin(looks.EPOCH_END, now)
+        self._begin(looks.EPOCH_END, now, again=True)
 
     def last_words(self) -> list[Seen]:
         """When an exception ends the fit: what wasn't told yet, and a step without any gradient."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -50,6 +50,7 @@ class Scene:
         averages: copies of the model in callbacks that average weights.
         who: says, for two looks, which code of the user's runs between them.
         shared: name of a frozen tensor -> name of a trainable one in the same memory.
+        reduced: names of what DistributedDataParallel gives a gradient.
     """
 
     optimizers: Sequence[Optimizer] = ()
@@ -57,6 +58,7 @@ class Scene:
     averages: Sequence[Average] = ()
     who: Callable[[str, str], str] = nobody
     shared: Mapping[str, str] = field(default_factory=dict)
+    reduced: Collection[str] = ()
 
     def holder(self, parameter: Tensor) -> Optimizer | None:
         """The first optimizer that holds a parameter."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from lightning_freeze.apply import can_train
-from lightning_freeze.audit.causes import part_of_fit
+from lightning_freeze.apply import can_train, is_batch_norm
+from lightning_freeze.audit.causes import when
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.trace import Flip
 from lightning_freeze.names import ModelIndex, some
@@ -42,7 +42,7 @@ def flipped(
                 off.append(name)
         elif parameter.requires_grad and inside and name.startswith(inside):
             new.append(name)
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    groups: dict[tuple[str, str], list[str]] = {}
     rules = (
         (on, "requires a gradient although it was declared frozen", "set it to True"),
         (off, "requires no gradient although it was declared trainable", "set it to False"),
@@ -50,25 +50,30 @@ def flipped(
     )
     for names, what, did in rules:
         for name in names:
-            groups.setdefault((what, did, _when(flips.get(name), who)), []).append(name)
+            cause = f"Other code {did}{_when(flips.get(name), who)}"
+            if _is_another(name, before, now):
+                cause = "It is another Parameter than at the fit's start, made with this flag"
+            groups.setdefault((what, cause), []).append(name)
     return [
         Seen(
             "flag-changed",
             tuple(names),
             f"{some(names)} {what}",
-            f"Other code {did}{when}{_together(now, names)}.",
+            f"{cause}{_together(now, names) if cause.startswith('Other code set') else ''}.",
             "Let one place decide: name it in `trainable`, `backbone` or the schedule.",
             since=min((flips[name].at for name in names if name in flips), default=None),
         )
-        for (what, did, when), names in groups.items()
+        for (what, cause), names in groups.items()
     ]
 
 
+def _is_another(name: str, before: ModelIndex, now: ModelIndex) -> bool:
+    known = before.canonical.get(name)
+    return known is not None and before.parameters[known] is not now.parameters[name]
+
+
 def _when(flip: Flip | None, who: Who) -> str:
-    if flip is None:
-        return ""
-    runs = who(flip.after, flip.before)
-    return f", {part_of_fit(flip.after, flip.before)}{f' (there: {runs})' if runs else ''}"
+    return "" if flip is None else when(flip.after, flip.before, who)
 
 
 def _together(index: ModelIndex, names: list[str]) -> str:
@@ -83,9 +88,34 @@ def _together(index: ModelIndex, names: list[str]) -> str:
     return ""
 
 
-def awake(now: ModelIndex, quiet: Iterable[str], modes: Mapping[str, Flip], who: Who) -> list[Seen]:
-    """Frozen modules that left eval mode."""
+def awake(
+    before: ModelIndex,
+    now: ModelIndex,
+    quiet: Iterable[str],
+    modes: Mapping[str, Flip],
+    who: Who,
+) -> list[Seen]:
+    """Frozen modules that left eval mode, or whose place another module has taken.
+
+    Args:
+        before: the model when it was declared.
+        now: the model as it is.
+        quiet: paths of the modules that should be in eval mode.
+        modes: when each mode was seen to change.
+        who: says which code runs between two looks.
+    """
     up = [path for path in quiet if path in now.modules and now.modules[path].training]
+    same = [path for path in up if now.modules[path] is before.modules[path]]
+    known = set(same)
+    fresh = [path for path in up if path not in known and not _trains(now, path)]
+    return _left_eval(now, same, modes, who) + _came_in_train_mode(now, fresh)
+
+
+def _trains(index: ModelIndex, path: str) -> bool:
+    return any(index.parameters[n].requires_grad for n in index.within(index.modules[path]))
+
+
+def _left_eval(now: ModelIndex, up: list[str], modes: Mapping[str, Flip], who: Who) -> list[Seen]:
     if not up:
         return []
     chosen = set(up)
@@ -103,3 +133,50 @@ def awake(now: ModelIndex, quiet: Iterable[str], modes: Mapping[str, Flip], who:
             since=modes[tops[0]].at if tops[0] in modes else None,
         )
     ]
+
+
+def _came_in_train_mode(now: ModelIndex, paths: list[str]) -> list[Seen]:
+    if not paths:
+        return []
+    kinds = some(sorted({type(now.modules[path]).__name__ for path in paths}))
+    return [
+        Seen(
+            "mode-changed",
+            tuple(paths),
+            f"{some(paths)} is in train mode although frozen",
+            f"The module there is another one than at the fit's start ({kinds}), and came in train "
+            "mode.",
+            "Convert modules before the fit (`setup`, `configure_model`).",
+        )
+    ]
+
+
+def by_batch(now: ModelIndex, still: Iterable[str]) -> list[Seen]:
+    """Frozen batch-norms that were told not to keep statistics: then they use each batch's own.
+
+    Lightning's `BaseFinetuning.freeze(train_bn=False)` does that to a module in train mode
+    (speediedan/finetuning-scheduler issue 13).
+    """
+    paths = [
+        path
+        for path in still
+        if path in now.modules and is_batch_norm(now.modules[path]) and _by_batch(now, path)
+    ]
+    if not paths:
+        return []
+    return [
+        Seen(
+            "mode-changed",
+            tuple(paths),
+            f"{some(paths)} is frozen, but normalises by each batch",
+            "`track_running_stats` was set to False while it is in train mode: its statistics "
+            "stay, and aren't used until it is in eval mode.",
+            "Leave `track_running_stats` alone and put it in eval mode, as `FreezeBackbone` does.",
+        )
+    ]
+
+
+def _by_batch(now: ModelIndex, path: str) -> bool:
+    module = now.modules[path]
+    keeps = getattr(module, "track_running_stats", True)
+    return module.training and not keeps and getattr(module, "running_mean", None) is not None

@@ -25,6 +25,7 @@ VALIDATED = "a validation's end"
 SAVED = "a checkpoint"
 EPOCH = "an epoch's start"
 EPOCH_END = "an epoch's end"
+BEGIN = "the fit's setup"
 FIT = "the fit's start"
 FIT_END = "the fit's end"
 SKIPPED = "an earlier step"
@@ -94,6 +95,7 @@ class Trace:
         self.complete = True
         self._baseline = Baseline()
         self._frozen: list[Tensor] = []
+        self._buffers: list[int] = []
         self._versions: list[int] = []
         self._flags = b""
         self._modes = b""
@@ -112,6 +114,9 @@ class Trace:
         quiet: Mapping[str, nn.Module],
         label: str,
         now: Moment,
+        flags: bytes | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Start to watch what is frozen from now on.
 
@@ -121,14 +126,17 @@ class Trace:
             quiet: the modules whose modes are.
             label: where we are.
             now: epoch and optimizer step.
+            flags: what each parameter's flag should be; what it is now where None.
+            again: whether the same is declared as before, so that its notes on flags still hold.
         """
         names = set(baseline.names)
         self.updates = {name: note for name, note in self.updates.items() if name in names}
         self.writes = {name: note for name, note in self.writes.items() if name in names}
         self.complete = True
         self.stepped.clear()
-        self.flips.clear()
-        self.modes.clear()
+        if not again:
+            self.flips.clear()
+            self.modes.clear()
         self._held.clear()
         self._odd.clear()
         self._suspects.clear()
@@ -137,8 +145,10 @@ class Trace:
         self._quiet = quiet
         present = [baseline.tensor(position) for position in range(len(baseline))]
         self._frozen = [tensor for tensor in present if tensor is not None]
+        self._buffers = [p for p in range(len(self._frozen)) if baseline.is_buffer(p)]
         self._versions = versions(self._frozen)
-        self._flags = bytes([parameter.requires_grad for parameter in parameters.values()])
+        is_on = bytes([parameter.requires_grad for parameter in parameters.values()])
+        self._flags = is_on if flags is None else flags
         self._modes = bytes([module.training for module in quiet.values()])
         self._last = self._last_flags = (label, now)
 
@@ -170,6 +180,11 @@ class Trace:
                 if old != new:
                     self._note(position, label, silent=False)
             self._versions = fresh
+        for position in self._buffers:
+            tensor = self._baseline.tensor(position)
+            if tensor is not None and tensor is not self._frozen[position]:  # assigned anew
+                self._frozen[position] = tensor
+                self._note(position, label, silent=False)
         for position, value in self._suspects.items():
             found = self._baseline.read(position)
             if found != value:
@@ -189,13 +204,13 @@ class Trace:
         if flags != self._flags:
             for name, old, new in zip(self._parameters, self._flags, flags):
                 if old != new:
-                    self.flips[name] = Flip(after, label, at)
+                    self.flips.setdefault(name, Flip(after, label, at))
             self._flags = flags
         modes = bytes([module.training for module in self._quiet.values()])
         if modes != self._modes:
             for path, old, new in zip(self._quiet, self._modes, modes):
                 if old != new:
-                    self.modes[path] = Flip(after, label, at)
+                    self.modes.setdefault(path, Flip(after, label, at))
             self._modes = modes
         self._last_flags = (label, now)
 
@@ -216,6 +231,9 @@ class Trace:
         """Just after it: what it holds and what has changed was changed by it."""
         kind = type(optimizer).__name__
         self.stepped.add(kind)
+        if self._last[0] != UPDATE:  # nobody looked just before it
+            self.look(UPDATED, now)
+            return
         fresh = versions(self._frozen)
         written = {p for p, (_, value) in self._odd.items() if self._baseline.read(p) != value}
         if fresh != self._versions:

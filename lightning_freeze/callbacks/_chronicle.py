@@ -97,9 +97,9 @@ class Chronicle:
         asleep = run.asleep()
         if asleep:
             notes.append(
-                f"{len(asleep)} modules (such as `{asleep[0] or 'the model'}`) are in eval mode "
-                "although they train, so that their dropout is off: `from_pretrained` leaves a "
-                "model so, and Lightning doesn't change that. Call `train()` on it before the fit."
+                f"The dropout of what trains is off: {len(asleep)} modules, such as `{asleep[0]}`, "
+                "are in eval mode. `from_pretrained` leaves a model so, and Lightning doesn't "
+                "change that: call `train()` on the model before the fit."
             )
         omitted = sum(row.status == "in no optimizer" for row in rows)
         if omitted:

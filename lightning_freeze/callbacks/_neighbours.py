@@ -15,6 +15,7 @@ from lightning_freeze.callbacks._session import callbacks_of
 
 # the hook in which each look is taken
 _HOOK = {
+    looks.BEGIN: "on_fit_start",
     looks.FIT: "on_train_start",
     looks.EPOCH: "on_train_epoch_start",
     looks.START: "on_train_batch_start",
@@ -26,15 +27,25 @@ _HOOK = {
     looks.SAVED: "on_save_checkpoint",
     looks.FIT_END: "on_train_end",
 }
+_PASSES = (
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+    "on_before_backward",
+    "backward",
+    "on_after_backward",
+)
+_STEP = (*_PASSES, "on_before_optimizer_step", "optimizer_step", "lr_scheduler_step")
+_BEHIND_VALIDATION = ("on_validation_model_train",)
 _IN_BETWEEN = {
-    (looks.START, looks.UPDATE): (
-        "on_before_zero_grad",
-        "optimizer_zero_grad",
-        "on_before_backward",
-        "backward",
-        "on_after_backward",
-    ),
+    (looks.BEGIN, looks.FIT): ("on_sanity_check_start", "on_sanity_check_end"),
+    (looks.START, looks.UPDATE): _PASSES,
+    (looks.START, looks.UPDATED): _STEP,
+    (looks.START, looks.END): _STEP,
     (looks.UPDATED, looks.END): ("optimizer_step", "lr_scheduler_step"),
+    (looks.VALIDATED, looks.START): _BEHIND_VALIDATION,
+    (looks.VALIDATED, looks.END): _BEHIND_VALIDATION,
+    (looks.VALIDATED, looks.EPOCH): _BEHIND_VALIDATION,
+    (looks.VALIDATED, looks.EPOCH_END): _BEHIND_VALIDATION,
     (looks.VALIDATION, looks.VALIDATED): (
         "on_validation_epoch_start",
         "on_validation_batch_start",
@@ -49,7 +60,7 @@ _LIBRARIES = ("lightning", "pytorch_lightning", "lightning_freeze")
 def who_runs(trainer: Trainer, ours: Callback, after: str, before: str) -> str:
     """The hooks of the user's callbacks and module between two looks, in words."""
     found = list(_between(trainer, ours, after, before))
-    if (after, before) in ((looks.START, looks.UPDATE), (looks.START, looks.END)):
+    if after == looks.START and before in (looks.UPDATE, looks.UPDATED, looks.END):
         found.append(f"{type(trainer.lightning_module).__name__}.training_step")
     if (after, before) == (looks.VALIDATION, looks.VALIDATED):
         found.append(f"{type(trainer.lightning_module).__name__}.validation_step")

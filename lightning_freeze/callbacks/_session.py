@@ -45,6 +45,7 @@ class Session:
         plan: what holds now.
         stages: callback -> number of its stage.
         managed: whether any callback freezes; without one, nothing is changed.
+        tied: name of a tensor -> its other names, in `setup`.
         listeners: called before and after each change, as `listener(session, "before")`.
     """
 
@@ -56,11 +57,13 @@ class Session:
         self.plan = FreezePlan()
         self.schedules: dict[Any, UnfreezeSchedule] = {}
         self.stages: dict[Any, int] = {}
+        self.tied: dict[str, tuple[str, ...]] = {}
         self.groups: optimizers.OptimizerGroups | None = None
         self.applier: apply.Applier | None = None
         self.listeners: list[Callable[[Session, str], None]] = []
         self._before: frozenset[str] = frozenset()
         self._resumed: dict[Any, int] = {}
+        self._wrapped_with: dict[str, bool] = {}
         self._snapshot: apply.Snapshot | None = None
 
     @property
@@ -91,6 +94,17 @@ class Session:
         if self.managed or self.deferred:
             apply.release(index, claimed)
             optimizers.release(index)
+        self.tied = index.aliases
+        self._wrapped_with = {name: p.requires_grad for name, p in index.parameters.items()}
+
+    @property
+    def wrapped_with(self) -> frozenset[str]:
+        """What required a gradient when the model was wrapped for several ranks."""
+        assert self.index is not None
+        unchanged = self.index.parameters.keys() == self._wrapped_with.keys()
+        if self.managed or not unchanged:  # it was wrapped anew, or came later
+            return frozenset(n for n, p in self.index.parameters.items() if p.requires_grad)
+        return frozenset(name for name, flag in self._wrapped_with.items() if flag)
 
     def _warn_blocked(self) -> None:
         """A schedule whose every later stage names only what the user froze by hand."""

@@ -11,9 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import key_of
+from lightning_freeze.distributed import check_supported
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import discover
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.optimizers import forget
 from lightning_freeze.reinit import Init, check_init, check_possible, reinit_names
 from lightning_freeze.selectors import as_selectors, describe, select
 
@@ -104,15 +106,23 @@ class ReinitTopLayers(Callback):
         """Re-initialise, before the weights of a resume are loaded and before ranks are synced."""
         if trainer.state.fn != TrainerFn.FITTING:
             return
+        check_supported(trainer.strategy)
         session = _session.enter(trainer, pl_module, self)
         self._deferred = session.deferred
         if not session.deferred and not trainer.global_step:
             self._reinit(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Re-initialise what was made in `configure_model`, unless this is a resume."""
-        if self._deferred and trainer.ckpt_path is None and not trainer.global_step:
+        """Re-initialise what was made in `configure_model`, unless this is a resume.
+
+        An optimizer that was kept from an earlier fit forgets the moments of what is fresh.
+        """
+        if trainer.ckpt_path is not None or trainer.global_step:
+            return
+        if self._deferred:
             self._reinit(trainer, pl_module)
+        index = ModelIndex.of(pl_module)
+        forget(trainer.optimizers, [index.parameters[name] for name in self.reinit_names(index)])
 
     def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
         index = ModelIndex.of(module)

@@ -9,10 +9,12 @@ from typing import Any, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
 
 from lightning_freeze.arguments import call_of, one_of, whole
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen, error_for
+from lightning_freeze.audit.identity import untied
 from lightning_freeze.audit.ledger import Declared
 from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
@@ -192,7 +194,7 @@ class TrainableParamAudit(Callback):
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
         self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
-        self._wrapped = _with_gradient(session)
+        self._wrapped = session.wrapped_with
 
     def _declaration(self) -> Declared:
         session = self._session
@@ -224,7 +226,10 @@ class TrainableParamAudit(Callback):
             ),
             averages=lambda: averages_of(trainer, ended=self._ended),
             who=lambda after, before: who_runs(trainer, self, after, before),
+            reduced=lambda: self._wrapped if trainer.world_size > 1 else (),
         )
+        for optimizer in trainer.optimizers:
+            self._watch(trainer, optimizer)
         self._last_step = trainer.global_step
         self._chronicle.change(trainer, session, run)
         if self._resumed is None or session.managed:
@@ -232,8 +237,10 @@ class TrainableParamAudit(Callback):
 
     def _first_check(self, trainer: Trainer) -> None:
         assert self._run is not None
+        assert self._session is not None
         resumed, self._resumed = self._resumed, None
-        self._check(trainer, [] if resumed is None else resumed.check(self._run))
+        seen = [] if resumed is None else resumed.check(self._run)
+        self._check(trainer, seen + untied(self._session.tied, self._run.ledger.index))
 
     def _on_change(self, trainer: Trainer, when: str) -> None:
         """Check what was, then declare what is to be."""
@@ -244,7 +251,7 @@ class TrainableParamAudit(Callback):
             if self._run is not None:
                 self._check(trainer, flags=False)
             return
-        self._wrapped = _with_gradient(session)
+        self._wrapped = session.wrapped_with
         if self._run is not None:
             self._declared = self._declaration()
             self._run.declare(self._declared, self._now(trainer))
@@ -279,11 +286,17 @@ class TrainableParamAudit(Callback):
         run = self._run
         if run is None:
             return
-        if id(optimizer) not in self._hooks and hasattr(optimizer, "register_step_post_hook"):
-            self._hooks[id(optimizer)] = optimizer.register_step_post_hook(
-                lambda o, *_: run.update_ends(o, self._now(trainer))
-            )
+        self._watch(trainer, optimizer)
         run.update_starts(optimizer, self._now(trainer))
+
+    def _watch(self, trainer: Trainer, optimizer: Any) -> None:
+        run = self._run
+        if run is None or id(optimizer) in self._hooks or not isinstance(optimizer, Optimizer):
+            return
+        self._hooks[id(optimizer)] = (
+            optimizer.register_step_pre_hook(lambda o, *_: run.step_starts(o, self._now(trainer))),
+            optimizer.register_step_post_hook(lambda o, *_: run.update_ends(o, self._now(trainer))),
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -362,7 +375,7 @@ class TrainableParamAudit(Callback):
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        for hook in self._hooks.values():
+        for hook in (hook for pair in self._hooks.values() for hook in pair):
             hook.remove()
         self._hooks = {}
         if self._run is not None:
@@ -380,6 +393,8 @@ class TrainableParamAudit(Callback):
     ) -> list[Finding]:
         run = self._run
         assert run is not None
+        if flags and self._session is not None and self._session.applier is not None:
+            self._session.applier.reassert()  # before the next forward pass it does so, too
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
         if trainer.world_size > 1:
@@ -393,7 +408,7 @@ class TrainableParamAudit(Callback):
         whole = from_all_ranks(mine.whole)
         if len(set(whole)) == 1:
             return []
-        each = from_all_ranks(mine.by_name)
+        each = from_all_ranks(mine)
         return check_ranks(each, run.with_gradient() - self._wrapped) if rank() == 0 else []
 
     def _judge(self, trainer: Trainer, seen: list[Seen], *, alone: bool = False) -> list[Finding]:
@@ -431,9 +446,3 @@ class TrainableParamAudit(Callback):
             The matplotlib figure.
         """
         return self._record.plot(None if path is None else Path(path))
-
-
-def _with_gradient(session: _session.Session) -> frozenset[str]:
-    """What requires a gradient now, when the model is wrapped for several ranks."""
-    parameters = session.index.parameters if session.index is not None else {}
-    return frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)

@@ -321,7 +321,7 @@ def test_flags_that_flipped_together_are_traced_to_one_call(model: Net) -> None:
     seen = flag_seen(watched)
     assert seen.names == ("body.0.weight", "body.0.bias")
     assert seen.cause == (
-        "Other code set it to True, in the forward or backward pass of a batch: all of `body.0` "
+        "Other code set it to True, in a batch: all of `body.0` "
         "at once, as one `requires_grad_()` on it does."
     )
     assert seen.since == (0, 3)

@@ -112,6 +112,14 @@ def test_assert_frozen_takes_its_hooks_off_even_after_an_error(model: Net) -> No
     assert (len(_global_optimizer_pre_hooks), len(_global_optimizer_post_hooks)) == before
 
 
+def test_assert_frozen_tells_that_another_model_was_trained(model: Net) -> None:
+    other = copy.deepcopy(model)
+    with pytest.warns(UserWarning, match="another one with the same shapes"), assert_frozen(model):
+        step(other, SGD(other.parameters(), lr=0.1))
+    with assert_frozen(model):  # control: something else is trained beside it
+        step(nn.Linear(3, 1), SGD(nn.Linear(3, 1).parameters(), lr=0.1))
+
+
 # Around transformers' Trainer
 
 

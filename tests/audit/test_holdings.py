@@ -78,9 +78,9 @@ def test_a_scheduler_that_does_not_know_a_group_is_found(model: Net, kind: str) 
 # Why something is in no optimizer
 
 
-def missing_cause(model: Net, optimizer: Optimizer, before: Net | None = None) -> str:
+def missing_cause(model: Net, optimizer: Optimizer, started: ModelIndex | None = None) -> str:
     index = ModelIndex.of(model)
-    started = ModelIndex.of(model if before is None else before)
+    started = index if started is None else started
     held = frozenset(name for name in started.parameters if name.startswith("head"))
     found = check_optimizers(
         index, trainable(model), [optimizer], [], started=started, once_held=held
@@ -89,16 +89,16 @@ def missing_cause(model: Net, optimizer: Optimizer, before: Net | None = None) -
 
 
 def test_what_was_never_held_came_later_or_was_dropped_are_told_apart(model: Net) -> None:
-    class Wider(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body.requires_grad_(False)
-            self.late = nn.Linear(7, 1)
-
-    wider = Wider()
-    optimizer = SGD(wider.head.parameters(), lr=0.1)
-    assert "`configure_optimizers` leaves it out" in missing_cause(wider, optimizer, Wider())
-    assert "added to the model after" in missing_cause(wider, optimizer, Net())
+    started = ModelIndex.of(model)
+    model.late = nn.Linear(7, 1)
+    optimizer = SGD(model.head.parameters(), lr=0.1)
+    assert "`configure_optimizers` leaves it out" in missing_cause(model, optimizer)
+    assert "added to the model after" in missing_cause(model, optimizer, started)
+    model.late = nn.Linear(7, 1)
+    known = ModelIndex.of(model)
+    model.late = nn.Linear(7, 1)
+    assert "It is another Parameter than when the fit" in missing_cause(model, optimizer, known)
+    del model.late
     optimizer = SGD(model.head.parameters(), lr=0.1)
     optimizer.param_groups[0]["params"].pop()
     assert "its group was emptied or removed" in missing_cause(model, optimizer)

@@ -303,6 +303,9 @@ def test_a_replaced_parameter_is_found_even_with_equal_bytes(model: Net) -> None
     model.head.weight = nn.Parameter(model.head.weight.detach().clone())
     seen = only(ledger.check())
     assert (seen.code, seen.names) == ("parameter-replaced", ("head.weight",))
+    assert "optimizers still hold" not in seen.cause
+    old = ledger.index.parameters["head.weight"]
+    seen = only(ledger.check(around(ledger, SGD([old], lr=0.1))))
     assert "optimizers still hold the old one" in seen.cause
 
 

@@ -107,6 +107,14 @@ def test_a_pace_earns_a_share_and_saves_no_more_than_a_hundred_steps() -> None:
     assert pace.credit == pytest.approx(-0.49)
 
 
+def test_a_step_that_was_held_up_earns_no_more_than_two() -> None:
+    pace = Pace(0.01)
+    for _ in range(5):
+        pace.step(1.0)
+    pace.step(60.0)
+    assert pace.credit == pytest.approx(0.07)
+
+
 def test_another_baseline_is_begun_from_its_start() -> None:
     rolling = Rolling(baseline(LARGE * 4, 3)[0])
     rolling.advance(3e-4)

@@ -33,6 +33,13 @@ def test_each_row_has_one_test_that_bears_its_number() -> None:
         assert re.match(f"test_{number.lower()}_", tests[0][0]), tests
 
 
+def test_the_page_in_docs_has_each_row_with_its_verdict() -> None:
+    page = (FOLDER.parents[1] / "docs" / "failures.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([FMURCI]\d+) \|.*\| (\w+): [^|]+ \|$", page, re.MULTILINE)
+    assert [number for number, _ in listed] == list(FAILURES)
+    assert {kind for _, kind in listed} <= {"found", "impossible", "told"}
+
+
 def test_most_rows_run_on_a_cpu() -> None:
     assert sum(tests[0][1] for tests in rows().values()) >= 55
 
