@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Union
 
@@ -13,10 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_freeze.arguments import call_of, one_of, whole
 from lightning_freeze.audit import trace as looks
-from lightning_freeze.audit.findings import CHANGED, Finding, Seen, error_for
+from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.identity import untied
 from lightning_freeze.audit.ledger import Declared
-from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.resumed import Resumed
 from lightning_freeze.audit.run import AuditRun
@@ -24,8 +22,9 @@ from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._chronicle import Chronicle
 from lightning_freeze.callbacks._freezing import saved_state, start
+from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
-from lightning_freeze.distributed import from_all_ranks, rank
+from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.timeline import Moment
@@ -110,6 +109,7 @@ class TrainableParamAudit(Callback):
 
     def _reset(self) -> None:
         self._record = Record()
+        self._judge = Judge(self._record, self.on_violation)
         self._chronicle = Chronicle(
             self._record,
             table=self.table,
@@ -360,7 +360,7 @@ class TrainableParamAudit(Callback):
             return
         try:
             run.look(looks.FIT_END, self._now(trainer))
-            self._judge(trainer, run.look_at_weights(here=True), alone=True)
+            self._judge.hear(trainer, run, run.look_at_weights(here=True), alone=True)
         finally:
             self._finish(trainer)
         if self.table and trainer.is_global_zero:
@@ -371,7 +371,7 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """Report what was found until then."""
         if self._run is not None:
-            self._keep(trainer, [self._stamped(trainer, self._run.last_words())])
+            self._judge.note(trainer, self._run, self._run.last_words())
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
@@ -398,39 +398,10 @@ class TrainableParamAudit(Callback):
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
         if trainer.world_size > 1:
-            seen += self._check_ranks(run)
+            seen += compare_ranks(run, self._wrapped)
         self._record.checks += 1
         self._last_step = trainer.global_step
-        return self._judge(trainer, seen)
-
-    def _check_ranks(self, run: AuditRun) -> list[Seen]:
-        mine = digests_of(run.ledger)
-        whole = from_all_ranks(mine.whole)
-        if len(set(whole)) == 1:
-            return []
-        each = from_all_ranks(mine)
-        return check_ranks(each, run.with_gradient() - self._wrapped) if rank() == 0 else []
-
-    def _judge(self, trainer: Trainer, seen: list[Seen], *, alone: bool = False) -> list[Finding]:
-        """Keep what is new, and raise or warn: all ranks together, unless the fit is over."""
-        mine = self._stamped(trainer, seen)
-        new = self._keep(trainer, [mine] if alone else from_all_ranks(mine))
-        if new and self.on_violation == "raise":
-            raise error_for(new)
-        return new
-
-    @staticmethod
-    def _stamped(trainer: Trainer, seen: list[Seen]) -> list[Finding]:
-        return [item.at(trainer.current_epoch, trainer.global_step, rank()) for item in seen]
-
-    def _keep(self, trainer: Trainer, found: list[list[Finding]]) -> list[Finding]:
-        """Add what is new to the record; warn of it unless it is going to be raised."""
-        hunting = self._run is not None and self._run.hunting
-        new = self._record.keep([f for each in found for f in each], by_cause=hunting)
-        if self.on_violation == "warn" and trainer.is_global_zero:
-            for finding in new:
-                warnings.warn(str(finding), stacklevel=2)
-        return new
+        return self._judge.hear(trainer, run, seen)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from lightning_freeze import Finding, TrainableParamAudit
-from tests.toys import loader, trainer
+from tests.toys import changed, loader, seeded, state, trainer
 
 
 def row(
@@ -91,3 +91,24 @@ def one(audit: TrainableParamAudit, code: str) -> Finding:
 def codes(audit: TrainableParamAudit) -> set[str]:
     """The codes that were found."""
     return {finding.code for finding in audit.findings}
+
+
+def by_hand(make: Any) -> Any:
+    """A model whose backbone is frozen as people do it: the flags, and eval mode once."""
+    model = seeded(make)
+    model.backbone.requires_grad_(False).eval()
+    return model
+
+
+def fitted(model: Any, *callbacks: Callback) -> set[str]:
+    """Fit without an audit; returns the names of what moved."""
+    before = state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(*callbacks, epochs=2).fit(model, loader())
+    return changed(before, state(model))
+
+
+def inside(names: set[str]) -> set[str]:
+    """Those of the backbone."""
+    return {name for name in names if name.startswith("backbone.")}

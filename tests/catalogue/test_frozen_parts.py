@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -15,30 +14,10 @@ from torch.nn.utils import parametrizations, spectral_norm
 from transformers import ViTConfig, ViTModel
 
 from lightning_freeze import FreezeBackbone, SelectorError, fingerprint, freeze
-from tests.catalogue.harness import Do, audited, one, row
+from tests.catalogue.harness import Do, audited, by_hand, fitted, inside, one, row
 from tests.toys import Toy, changed, loader, seeded, state, trainer
 
 WEIGHT = "backbone.blocks.0.linear.weight"
-
-
-def by_hand(make: Any) -> Any:
-    """A model whose backbone is frozen as people do it: the flags, and eval mode once."""
-    model = seeded(make)
-    model.backbone.requires_grad_(False).eval()
-    return model
-
-
-def fitted(model: Any, *callbacks: Callback) -> set[str]:
-    """Fit without an audit; returns the names of what moved."""
-    before = state(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer(*callbacks, epochs=2).fit(model, loader())
-    return changed(before, state(model))
-
-
-def inside(names: set[str]) -> set[str]:
-    return {name for name in names if name.startswith("backbone.")}
 
 
 # F20

@@ -22,7 +22,7 @@ from lightning_freeze import (
     fingerprint,
     freeze,
 )
-from tests.catalogue.harness import audited, one, row
+from tests.catalogue.harness import audited, by_hand, fitted, inside, one, row
 from tests.toys import Toy, changed, loader, seeded, state, trainer
 
 MATRICES = ("backbone.embed.weight", *(f"backbone.blocks.{i}.linear.weight" for i in range(3)))
@@ -33,26 +33,6 @@ BLOCK_0, BLOCK_1 = (
     )
     for i in range(2)
 )
-
-
-def by_hand(make: Any) -> Any:
-    """A model whose backbone is frozen as people do it: the flags, and eval mode once."""
-    model = seeded(make)
-    model.backbone.requires_grad_(False).eval()
-    return model
-
-
-def fitted(model: Any, *callbacks: Callback) -> set[str]:
-    """Fit without an audit; returns the names of what moved."""
-    before = state(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer(*callbacks, epochs=2).fit(model, loader())
-    return changed(before, state(model))
-
-
-def inside(names: set[str]) -> set[str]:
-    return {name for name in names if name.startswith("backbone.")}
 
 
 # F1
