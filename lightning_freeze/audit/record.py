@@ -26,6 +26,7 @@ class Record:
         moments: who trained when.
         groups: the layer groups, bottom to top.
         checks: how often everything was compared.
+        checked: when that was done last, as ISO 8601.
         frozen: name -> fingerprint of what is frozen now.
         alive: number of trainable tensors that have had a gradient.
         epochs: epochs that have ended.
@@ -36,10 +37,16 @@ class Record:
     moments: list[Moment] = field(default_factory=list)
     groups: tuple[LayerGroup, ...] = ()
     checks: int = 0
+    checked: str = ""
     frozen: Mapping[str, str] = field(default_factory=dict)
     alive: int = 0
     epochs: float = 0.0
     steps_per_round: int = 0
+
+    def count_check(self) -> None:
+        """Everything has been compared once more."""
+        self.checks += 1
+        self.checked = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def take(self, run: AuditRun) -> None:
         """Take down where a run is."""
@@ -129,7 +136,7 @@ class Record:
             step=run.clock[1],
             findings=tuple(finding.to_dict() for finding in [*self.findings, *untold]),
             versions=versions(),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=self.checked,
         )
 
     def to_dict(self, run: AuditRun | None) -> dict[str, Any]:

@@ -399,7 +399,7 @@ class TrainableParamAudit(Callback):
         seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
         if trainer.world_size > 1:
             seen += compare_ranks(run, self._wrapped)
-        self._record.checks += 1
+        self._record.count_check()
         self._last_step = trainer.global_step
         return self._judge.hear(trainer, run, seen)
 

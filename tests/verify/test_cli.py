@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -229,7 +230,9 @@ def test_the_command_is_installed_under_its_name() -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(run: Run) -> None:
-    command = f"{sys.executable} -W ignore -m lightning_freeze verify {run.base} {run.base}"
+    base = shlex.quote(str(run.base))
+    python = shlex.quote(sys.executable)
+    command = f"{python} -W ignore -m lightning_freeze verify {base} {base}"
     for after, status in (
         ("| true; echo ${PIPESTATUS[0]} >&2", 0),
         ("> /dev/full; echo $? >&2", 2),
