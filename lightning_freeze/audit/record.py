@@ -30,7 +30,7 @@ class Record:
         frozen: name -> fingerprint of what is frozen now.
         alive: number of trainable tensors that have had a gradient.
         epochs: epochs that have ended.
-        steps_per_round: with slices, how many steps one full round took; 0 without.
+        steps_per_round: with slices, how many steps one full round takes; 0 without.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -52,7 +52,7 @@ class Record:
         """Take down where a run is."""
         self.frozen = run.ledger.digests()
         self.alive = len(run.watch.alive)
-        self.steps_per_round = run.rolling.steps_per_round if run.rolling else 0
+        self.steps_per_round = run.rolling.expected_round if run.rolling else 0
 
     def keep(self, findings: Iterable[Finding], *, by_cause: bool = False) -> list[Finding]:
         """Add what is new, and return it.
@@ -100,7 +100,8 @@ class Record:
             return f"Audit: {many} ({codes}) in {self.checks} checks."
         slices = ""
         if self.steps_per_round:
-            slices = f" Its slices went round all of them in {self.steps_per_round} steps."
+            many = "step" if self.steps_per_round == 1 else "steps"
+            slices = f" A full round of slices takes {self.steps_per_round} {many}."
         return (
             f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
             f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "

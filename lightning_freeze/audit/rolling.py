@@ -72,6 +72,7 @@ class Rolling:
     def __init__(self, baseline: Baseline) -> None:
         self.steps_per_round = 0
         self._steps = 0
+        self._done = 0
         self._per_byte = 1e-10
         self._per_piece = 2e-5
         self.begin(baseline)
@@ -79,8 +80,17 @@ class Rolling:
     def begin(self, baseline: Baseline) -> None:
         """Go on with another baseline, from its beginning."""
         self._baseline = baseline
+        self._done = 0
         self._position = 0
         self._chunk = 0
+
+    @property
+    def expected_round(self) -> int:
+        """Steps that a round takes, told from what has been compared so far if none has ended."""
+        if self.steps_per_round or not self._done:
+            return self.steps_per_round
+        whole = sum(self._size(position) for position in range(len(self._baseline)))
+        return max(1, round(self._steps * whole / self._done))
 
     def advance(self, seconds: float) -> list[int]:
         """Compare the next slice.
@@ -101,6 +111,7 @@ class Rolling:
             size, changed = self._piece()
             took = perf_counter() - begun
             left -= took
+            self._done += size
             found += changed
             looked += self._position - before
             if size >= CHUNK // 2:
@@ -108,7 +119,7 @@ class Rolling:
             else:
                 self._per_piece += 0.2 * (took - self._per_piece)
             if self._position >= len(self._baseline):
-                self._position = 0
+                self._position = self._done = 0
                 self.steps_per_round, self._steps = self._steps, 0
                 break
         return found

@@ -84,6 +84,19 @@ def test_a_round_is_spread_over_steps_in_proportion_to_their_time() -> None:
     assert quick < slow
 
 
+def test_a_round_that_has_not_ended_is_told_from_how_far_it_came() -> None:
+    kept, _ = baseline(*[LARGE * 4] * 30)
+    rolling = Rolling(kept)
+    assert rolling.expected_round == 0
+    for _ in range(4):
+        rolling.advance(2e-4)
+    assert rolling.steps_per_round == 0
+    guess = rolling.expected_round
+    assert guess > 4
+    _, steps = rounds(rolling, 2e-4)
+    assert 0.3 < guess / (steps + 4) < 3
+
+
 def test_a_slice_keeps_to_its_time() -> None:
     kept, _ = baseline(*[LARGE * 4] * 6, *[7] * 300)
     rolling = Rolling(kept)

@@ -146,7 +146,7 @@ def test_slices_find_a_change_long_before_the_epoch_ends(tmp_path: Path) -> None
         seeded(Toy), FreezeBackbone(), epochs=1, data=long, audit={"every": "rolling"}
     )
     assert healthy.findings == []
-    assert "Its slices went round all of them in" in healthy.verdict
+    assert "A full round of slices takes" in healthy.verdict
 
 
 @pytest.mark.parametrize("every", ["step", "", True, 0, -1, 1.5])
