@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from torch import Tensor, nn
@@ -191,6 +191,9 @@ class Ledger:
             now: the model as it is; what isn't in it is told of as replaced.
         """
         listed = [p for p in positions if now is None or self._present(p, now)]
+        if not listed:
+            return []
+        scene = replace(scene, shared=self._moving_partners(scene))
         names = self.baseline.names
         buffers = {names[p] for p in listed if self.baseline.is_buffer(p)}
         groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
@@ -221,6 +224,14 @@ class Ledger:
                 module = now.modules.get(now.owner(name))
                 if module is not None and module is not self.baseline.owner(position):
                     self.baseline.move(position, module)
+
+    def _moving_partners(self, scene: Scene) -> dict[str, str]:
+        """Of the tensors that share memory with frozen ones, those that an optimizer moves."""
+        return {
+            frozen: partner
+            for frozen, partner in scene.shared.items()
+            if not scene.optimizers or scene.learning_rate(self.index.parameters[partner])
+        }
 
     def _present(self, position: int, now: ModelIndex) -> bool:
         if self.baseline.is_buffer(position):

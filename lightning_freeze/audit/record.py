@@ -57,17 +57,25 @@ class Record:
     def keep(self, findings: Iterable[Finding], *, by_cause: bool = False) -> list[Finding]:
         """Add what is new, and return it.
 
+        The same names aren't told of twice for one code, nor the same cause in another grouping.
+
         Args:
             findings: what was found, by all ranks.
             by_cause: whether the same tensors with another cause are something new.
         """
-        known = {_key(finding, by_cause) for finding in self.findings}
+        told = {_key(finding, by_cause) for finding in self.findings}
+        names: dict[tuple[str, str], set[str]] = {}
+        for finding in self.findings:
+            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
         new: list[Finding] = []
         for finding in findings:
-            key = _key(finding, by_cause)
-            if key not in known:
-                known.add(key)
-                new.append(finding)
+            known = names.get((finding.code, finding.cause))
+            again = known is not None and known.issuperset(finding.names)
+            if again or _key(finding, by_cause) in told:
+                continue
+            told.add(_key(finding, by_cause))
+            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
+            new.append(finding)
         self.findings += new
         return new
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -144,7 +145,7 @@ class Trace:
         self._parameters = parameters
         self._quiet = quiet
         present = [baseline.tensor(position) for position in range(len(baseline))]
-        self._frozen = [tensor for tensor in present if tensor is not None]
+        self._frozen = [torch.empty(0) if tensor is None else tensor for tensor in present]
         self._buffers = [p for p in range(len(self._frozen)) if baseline.is_buffer(p)]
         self._versions = versions(self._frozen)
         is_on = bytes([parameter.requires_grad for parameter in parameters.values()])

@@ -170,6 +170,14 @@ def test_a_trainable_tensor_in_the_same_memory_is_to_blame_rather_than_a_holder(
     assert tie.names == ("body.0.weight", "twin")
 
 
+def test_a_partner_that_nothing_moves_is_not_to_blame_for_a_write(model: Net) -> None:
+    model.twin = nn.Parameter(weight(model).data)
+    optimizer = SGD([{"params": [model.twin], "lr": 0.0}], lr=0.0)
+    watched = Watched(model, optimizer)
+    watched.step(after=lambda: weight(model).add_(1))
+    assert "written in place by other code" in watched.cause()
+
+
 def test_memory_shared_with_what_no_optimizer_holds_is_no_finding(model: Net) -> None:
     model.twin = nn.Parameter(weight(model).data)
     watched = Watched(model, SGD(model.head.parameters(), lr=0.1))
