@@ -44,7 +44,7 @@ def digest(tensor: Tensor, name: str = "the tensor") -> bytes:
         name: for the message.
 
     Raises:
-        ArgumentError: it has no bytes (meta, fake, lazy) or isn't dense.
+        ArgumentError: it has no bytes (meta, fake, lazy).
     """
     return digests((tensor,), lambda position: name)[0]
 
@@ -71,6 +71,7 @@ def digests(
             type(tensor) in _PLAIN
             and tensor.is_cpu
             and tensor.layout is torch.strided
+            and not tensor.is_nested
             and tensor.is_contiguous()
         ):
             dtype = tensor.dtype
@@ -124,23 +125,36 @@ def dense(tensor: Tensor, name: Callable[[], str], *, here: bool = True) -> Tens
             f"`{name()}` is on the meta device: it has a shape but no bytes. Load or initialise "
             "it first."
         )
-    if tensor.layout == torch.strided and is_traceable_wrapper_subclass(tensor):
-        return _of_parts(tensor, name)
+    if tensor.is_nested:
+        return _of_several("nested", list(tensor.unbind()), name)
     if tensor.layout != torch.strided:
-        raise ArgumentError(
-            f"`{name()}` has the layout {tensor.layout}; only dense tensors have a fingerprint."
-        )
+        return _of_several(f"{tensor.layout}|{tuple(tensor.shape)}", _sparse_parts(tensor), name)
+    if is_traceable_wrapper_subclass(tensor):
+        return _of_parts(tensor, name)
     plain = tensor.resolve_conj().resolve_neg()
     return (plain.cpu() if here else plain).contiguous()
 
 
 def _of_parts(tensor: Any, name: Callable[[], str]) -> bytes:
     parts, context = tensor.__tensor_flatten__()
-    hasher = xxhash.xxh3_128(f"{type(tensor).__name__}|{context}|".encode())
-    for part, inner in zip(parts, digests([getattr(tensor, p) for p in parts], lambda _: name())):
-        hasher.update(part.encode())
+    what = f"{type(tensor).__name__}|{context}|{parts}"
+    return _of_several(what, [getattr(tensor, part) for part in parts], name)
+
+
+def _of_several(what: str, parts: Sequence[Tensor], name: Callable[[], str]) -> bytes:
+    hasher = xxhash.xxh3_128(f"{what}|".encode())
+    for inner in digests(parts, lambda _: name()):
         hasher.update(inner)
     return hasher.digest()
+
+
+def _sparse_parts(tensor: Tensor) -> list[Tensor]:
+    """Indices and values, as they are stored."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
 
 
 def chunks(size: int) -> int:

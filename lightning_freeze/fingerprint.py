@@ -25,14 +25,15 @@ def fingerprint(item: Union[Tensor, nn.Module]) -> Union[str, dict[str, str]]:
     to itself. The hash is XXH3-128 (https://xxhash.com): fast, not cryptographic.
 
     Args:
-        item: a tensor of any dtype, or a module.
+        item: a tensor of any dtype and layout, or a module. Of a sparse tensor, indices and values
+            count as they are stored.
 
     Returns:
         32 hex digits for a tensor; for a module a dict from dotted name to them, buffers and
         tied names included.
 
     Raises:
-        ArgumentError: a tensor has no bytes (meta, fake, lazy) or isn't dense.
+        ArgumentError: a tensor has no bytes (meta, fake, lazy).
 
     Example:
         >>> import torch

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_freeze.errors import UnsupportedError
+from lightning_freeze.errors import ArgumentError, UnsupportedError
 from lightning_freeze.names import ModelIndex
 
 FACTOR = "lr_factor"
@@ -148,6 +148,49 @@ class OptimizerGroups:
             [len(group["params"]) for group in optimizer.param_groups]
             for optimizer in self.optimizers
         ]
+
+
+def listed(given: Any) -> list[Optimizer]:
+    """Optimizers as people hand them over: one, several, or what `configure_optimizers` returns.
+
+    Args:
+        given: an optimizer, a dict with "optimizer" in it, any nesting of lists and tuples of
+            these, or None. Schedulers are passed over.
+
+    Raises:
+        ArgumentError: there is something else among them.
+
+    Example:
+        >>> sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> listed(([sgd], [])) == listed({"optimizer": sgd, "lr_scheduler": None}) == [sgd]
+        True
+    """
+    if given is None:
+        return []
+    if isinstance(given, Optimizer) or hasattr(given, "param_groups"):
+        inner = getattr(given, "optimizer", None)  # Lightning's own wrapper
+        return [inner if isinstance(inner, Optimizer) else given]
+    if isinstance(given, Mapping) and "optimizer" in given:
+        return listed(given["optimizer"])
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        if hasattr(given, "step") and hasattr(given, "last_epoch"):
+            return []
+        raise ArgumentError(
+            f"Expected optimizers, got {type(given).__name__}. Give one, a list of them, or what "
+            "`configure_optimizers()` returns."
+        )
+    if isinstance(given, (list, tuple)) and any(_is_scheduler(item) for item in given):
+        given = [item for item in given if not _is_scheduler(item)]
+    return [optimizer for item in given for optimizer in listed(item)]
+
+
+def _is_scheduler(item: Any) -> bool:
+    inner = item.get("scheduler", item) if isinstance(item, Mapping) else item
+    return (
+        hasattr(inner, "optimizer")
+        and hasattr(inner, "step")
+        and not hasattr(inner, "param_groups")
+    )
 
 
 def forget(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:

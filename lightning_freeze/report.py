@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.layers import LayerGroup, groups_of
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import learning_rates, whole_groups
+from lightning_freeze.optimizers import learning_rates, listed, whole_groups
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,13 @@ class Summary:
     __repr__ = __str__
 
 
-def summarize(
-    model: nn.Module, optimizer: Optimizer | Iterable[Optimizer] | None = None
-) -> Summary:
+def summarize(model: nn.Module, optimizer: Any = None) -> Summary:
     """Who trains in a model, and at which learning rate.
 
     Args:
         model: any module.
-        optimizer: one or several; with them the table has learning rates, and tells what requires
-            a gradient but is in no optimizer.
+        optimizer: one, several, or what `configure_optimizers` returns; with them the table has
+            learning rates, and tells what requires a gradient but is in no optimizer.
 
     Returns:
         A `Summary`, which prints as a table.
@@ -122,10 +120,7 @@ def summarize(
         >>> summary.trainable, summary.total, len(summary.rows)
         (3, 9, 4)
     """
-    if optimizer is None:
-        optimizers: tuple[Optimizer, ...] | None = None
-    else:
-        optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    optimizers = None if optimizer is None else listed(optimizer)
     index = ModelIndex.of(model)
     return Summary(rows_of(index, groups_or_children(index), optimizers))
 

@@ -256,12 +256,25 @@ def test_a_fake_tensor_has_no_bytes() -> None:
         fingerprint(tensor)
 
 
-@pytest.mark.parametrize("convert", ["to_sparse_coo", "to_sparse_csr"])
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
-def test_a_sparse_tensor_is_refused(convert: str) -> None:
-    tensor = getattr(torch.eye(3), convert)()
-    with pytest.raises(ArgumentError, match=r"has the layout torch\.sparse_c.*only dense tensors"):
-        fingerprint(tensor)
+@pytest.mark.parametrize("convert", ["to_sparse_coo", "to_sparse_csr", "to_sparse_csc"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_of_a_sparse_tensor_indices_and_values_count(convert: str) -> None:
+    def sparse(scale: float, turned: bool = False) -> Tensor:
+        dense = torch.eye(3).roll(1, 1) * scale
+        return getattr(dense.t() if turned else dense, convert)()
+
+    assert fingerprint(sparse(1.0)) == fingerprint(sparse(1.0))
+    others = [sparse(2.0), sparse(1.0, turned=True), sparse(1.0).to_dense(), sparse(0.0)]
+    assert len({fingerprint(t) for t in (sparse(1.0), *others)}) == 5
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_of_a_nested_tensor_each_part_counts() -> None:
+    def nested(*sizes: int) -> Tensor:
+        return torch.nested.nested_tensor([torch.ones(size) for size in sizes])
+
+    assert fingerprint(nested(2, 3)) == fingerprint(nested(2, 3))
+    assert fingerprint(nested(2, 3)) != fingerprint(nested(3, 2))
 
 
 def test_a_lazy_parameter_is_refused() -> None:

@@ -201,9 +201,12 @@ class Baseline:
     def changed(self, positions: Iterable[int] | None = None) -> list[int]:
         """Positions of the tensors whose dtype, shape or bytes aren't what they were."""
         if positions is not None:
-            pairs = self._present(positions)
+            asked = list(positions)
+            pairs = self._present(asked)
             tokens = self._tokens(pairs)
-            return [p for (p, _), value in zip(pairs, tokens) if value != self.digest(p)]
+            other = {p for (p, _), value in zip(pairs, tokens) if value != self.digest(p)}
+            gone = set(asked).difference(p for p, _ in pairs)
+            return [position for position in asked if position in other or position in gone]
         found: list[int] = []
         for block in _blocks(len(self.names)):
             tensors = [

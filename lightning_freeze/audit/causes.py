@@ -29,6 +29,7 @@ from lightning_freeze.audit.trace import (
     VALIDATION,
     Update,
     Write,
+    of_torch,
 )
 from lightning_freeze.digests import digest
 
@@ -40,6 +41,7 @@ _PARTS = {
     (START, UPDATE): "in the forward or backward pass of a batch",
     (START, UPDATED): "in a batch",
     (START, END): "in a batch",
+    (UPDATE, UPDATED): "between the gradients' last use and the end of the optimizer's update",
     (UPDATED, END): "between the optimizer's update and the batch's end",
     (END, START): "between two batches",
     (EPOCH, START): "before the epoch's first batch",
@@ -49,6 +51,20 @@ _PARTS = {
     (VALIDATION, VALIDATED): "during validation",
     (END, SAVED): "when a checkpoint was saved",
     (EPOCH_END, FIT_END): "after the last epoch",
+}
+
+
+# parts of a fit in which no forward pass runs, or only in eval mode
+_NO_FORWARD = {
+    (VALIDATION, VALIDATED),
+    (UPDATE, UPDATED),
+    (UPDATED, END),
+    (END, START),
+    (END, EPOCH_END),
+    (VALIDATED, EPOCH_END),
+    (EPOCH_END, EPOCH),
+    (EPOCH_END, FIT_END),
+    (EPOCH, START),
 }
 
 
@@ -87,6 +103,8 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
             f"Freeze `{partner}`, too, or give each memory of its own (`.clone()`).",
         )
     write = trace.writes.get(name) if trace else None
+    if write is None and trace is not None and name in scene.twins:
+        write = trace.writes.get(scene.twins[name])  # a write to the one is one to the other
     average = _average_with(name, tensor, scene)
     if average is not None:
         return average
@@ -114,13 +132,21 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
     if write is not None or tensor._version == baseline.versions[position]:
         return (
             "No optimizer wrote it and its version didn't change: it was written through `.data` "
-            f"or from outside of autograd{_where(write, scene)}.",
+            f"or from outside of autograd{_where(write, scene)}.{_or_by(tensor, scene)}",
             "Find code that writes `.data` of this tensor.",
         )
     return (
         "No optimizer wrote it: it was written in place by other code.",
         "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
     )
+
+
+def _or_by(tensor: Tensor, scene: Scene) -> str:
+    """An optimizer that isn't torch's may write so, in a step in which it wasn't read."""
+    holder = scene.holder(tensor)
+    if holder is None or of_torch(holder):
+        return ""
+    return f" {type(holder).__name__}, which holds it and isn't torch's own, may do that."
 
 
 def _where(write: Write | None, scene: Scene) -> str:
@@ -152,7 +178,7 @@ def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | Non
         return Update(kind.__name__, state, parameter.requires_grad, (0, 0))
     if optimizer.state.get(parameter) and (bumped or parameter.requires_grad):
         return Update(kind.__name__, "some", parameter.requires_grad, (0, 0))
-    if bumped and not kind.__module__.startswith("torch.optim"):
+    if bumped and not of_torch(optimizer):
         return Update(kind.__name__, "none", parameter.requires_grad, (0, 0))
     return None
 
@@ -211,13 +237,18 @@ def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], sce
     Args:
         baseline: what it was.
         position: which tensor of the baseline.
-        changed: names of all buffers that changed with it.
+        changed: names of all tensors that changed with it.
         scene: what can be looked at.
     """
     module = baseline.owner(position)
     assert module is not None
     name = baseline.names[position]
     tensor = baseline.tensor(position)
+    if tensor is None:
+        return (
+            "It was deleted, or set to None.",
+            "Find what takes this buffer away; a batch-norm without statistics uses each batch's.",
+        )
     if is_batch_norm(module):
         cause = _batch_norm(module, name, changed, scene)
         if cause is not None:
@@ -230,15 +261,14 @@ def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], sce
             "it (`remove_parametrizations`).",
         )
     write = scene.trace.writes.get(name) if scene.trace else None
-    if tensor is not None:
-        average = _average_with(name, tensor, scene)
-        if average is not None:
-            return average
-        if address(tensor) != baseline.address(position):
-            return (
-                f"Some code assigned another tensor to it{_where(write, scene)}.",
-                "Find what assigns this buffer and stop it.",
-            )
+    average = _average_with(name, tensor, scene)
+    if average is not None:
+        return average
+    if address(tensor) != baseline.address(position):
+        return (
+            f"Some code assigned another tensor to it{_where(write, scene)}.",
+            "Find what assigns this buffer and stop it.",
+        )
     return (
         f"Some code wrote to it{_where(write, scene)}.",
         "Find what writes to this buffer and stop it.",
@@ -259,17 +289,23 @@ def _batch_norm(module: nn.Module, name: str, changed: set[str], scene: Scene) -
                     "one without running statistics.",
                 )
     took_in = counter in changed if counted is not None else module.training
-    if not took_in:
-        return None
+    path = name.rpartition(".")[0]
+    own = {f"{path}.{key}" if path else key for key in module._parameters}
+    write = scene.trace.writes.get(name) if scene.trace else None
+    flip = scene.trace.modes.get(path) if scene.trace else None
+    elsewhere = write is not None and (write.after, write.before) in _NO_FORWARD and flip is None
+    if not took_in or own & changed or elsewhere:
+        return None  # a forward pass moves statistics, and neither weights nor in between
     if module.training:
         return (
             "Its batch-norm is in train mode, and `requires_grad=False` doesn't stop running "
             "statistics.",
             "Put it in eval mode on every epoch, as `FreezeBackbone` does, or say `train_bn=True`.",
         )
+    since = "" if flip is None else when(flip.after, flip.before, scene.who)
     return (
-        "Its batch-norm took in batches: it was in train mode for a time, and is in eval mode "
-        "again.",
+        f"Its batch-norm took in batches: it was in train mode for a time{since}, and is in eval "
+        "mode again.",
         "Find what calls `train()` on it; `FreezeBackbone` puts it back before each forward pass.",
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,11 @@ class GradientWatch:
         return [name for name, entry in self._waiting.items() if entry[1] == self.dead_after - 1]
 
     @property
+    def waits(self) -> bool:
+        """Whether any parameter has never had a gradient at a step."""
+        return bool(self._waiting)
+
+    @property
     def alive(self) -> frozenset[str]:
         """Names that have had a gradient since they began to train."""
         return frozenset(self._alive)
@@ -87,7 +93,7 @@ class _Calls:
 class Probe:
     """Looks at the forward passes of modules whose parameters get no gradient.
 
-    Forward hooks are on the modules until `stop`; nothing else is changed.
+    Hooks are on modules and parameters until `stop`; nothing else is changed.
 
     Example:
         >>> model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
@@ -113,6 +119,13 @@ class Probe:
         self._handles: list[RemovableHandle] = []
         self._compiled: set[str] = set()
         self._fresh = frozenset(fresh)
+        self._arrived: set[str] = set()
+        names = list(names)
+        for name in names:
+            parameter = index.parameters[name]
+            if parameter.requires_grad:
+                register: Any = parameter.register_post_accumulate_grad_hook
+                self._handles.append(register(partial(self._arrive, name)))
         everything = Members.of(index.modules[""])
         pairs = zip(everything.paths, everything.modules)
         compiled = [path for path, module in pairs if _is_compiled(module)]
@@ -124,6 +137,9 @@ class Probe:
             calls = self._calls[path] = _Calls()
             self._handles.append(index.modules[path].register_forward_hook(_noting(calls)))
 
+    def _arrive(self, name: str, _: Tensor) -> None:
+        self._arrived.add(name)
+
     def stop(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
@@ -133,6 +149,12 @@ class Probe:
     def why(self, name: str) -> Why:
         """The cause and the fix for one parameter."""
         path = name.rpartition(".")[0]
+        if name in self._arrived:
+            return (
+                "The backward pass gives it a gradient, and some code sets `.grad` to None before "
+                "the optimizer's step.",
+                "Look for code that clears gradients between the backward pass and the step.",
+            )
         if path in self._compiled and name in self._fresh:
             return (
                 "It was unfrozen after `torch.compile` had made its graph, which may still be "

@@ -24,8 +24,9 @@ from lightning_freeze.audit.scene import Scene, shared_memory
 from lightning_freeze.audit.switches import by_batch
 from lightning_freeze.audit.trace import START, Trace
 from lightning_freeze.audit.unfrozen import left_out
-from lightning_freeze.errors import FrozenWeightsChanged
+from lightning_freeze.errors import ArgumentError, FrozenWeightsChanged
 from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.optimizers import listed
 from lightning_freeze.report import groups_or_children
 
 
@@ -108,9 +109,7 @@ def _warn_of_another(index: ModelIndex, optimizers: Iterable[Optimizer]) -> None
         )
 
 
-def audit_parameters(
-    model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()
-) -> list[Finding]:
+def audit_parameters(model: nn.Module, optimizers: Any = ()) -> list[Finding]:
     """One look at a model and its optimizers: what is wrong already, or is going to be.
 
     Without a record of earlier weights it can't tell whether one changed (`assert_frozen` and
@@ -120,10 +119,14 @@ def audit_parameters(
 
     Args:
         model: any module; it isn't changed.
-        optimizers: one or several; without them, only the model is looked at.
+        optimizers: one, several, or what `configure_optimizers` returns; without them, only the
+            model is looked at.
 
     Returns:
         One `Finding` for each fault and layer group; an empty list if there is none.
+
+    Raises:
+        ArgumentError: `model` is no module, or there is something else among the optimizers.
 
     Example:
         >>> from torch.optim import SGD
@@ -135,27 +138,31 @@ def audit_parameters(
         >>> [(finding.code, finding.names) for finding in findings]
         [('not-in-optimizer', ('head.weight', 'head.bias'))]
     """
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(
+            f"`audit_parameters` got {type(model).__name__}. Give it a module, then optimizers."
+        )
+    found = listed(optimizers)
     index = ModelIndex.of(model)
     groups = groups_or_children(index)
     trains = [name for name, p in index.parameters.items() if p.requires_grad]
     frozen = [(n, p) for n, p in index.parameters.items() if not p.requires_grad]
     held = frozenset(
         index.name_of[id(p)]
-        for optimizer in listed
+        for optimizer in found
         for group in optimizer.param_groups
         for p in group["params"]
         if id(p) in index.name_of
     )
-    omitted = left_out(index, groups, listed, managed=False) if listed else frozenset()
+    omitted = left_out(index, groups, found, managed=False) if found else frozenset()
     seen = check_optimizers(
-        index, trains, listed, (), lambda name: name not in omitted, groups=groups
+        index, trains, found, (), lambda name: name not in omitted, groups=groups
     )
-    seen += overlapping(shared_memory(index), held if listed else frozenset(trains))
+    seen += overlapping(shared_memory(index)[0], held if found else frozenset(trains))
     seen += _moving_statistics(index) + by_batch(index, _frozen_norms(index))
-    seen += left_over(lambda: frozen, listed)
-    if listed:
-        seen += hidden(model, listed)
+    seen += left_over(lambda: frozen, found)
+    if found:
+        seen += hidden(model, found)
     return [item.at(0, 0, 0) for item in seen]
 
 

@@ -111,7 +111,9 @@ def _why_missing(
     orphans: Mapping[tuple[int, ...], tuple[str, bool]],
     then: _Then,
 ) -> tuple[str, str]:
-    known = None if then.model is None else then.model.parameters.get(name)
+    known = None
+    if then.model is not None and name in then.model.canonical:
+        known = then.model.parameters[then.model.canonical[name]]
     if known is not None and known is not index.parameters[name]:
         return (
             "It is another Parameter than when the fit began: optimizers were given the old one.",

@@ -89,13 +89,14 @@ class Ledger:
         self.index = ModelIndex.of(model) if index is None else index
         self._roster = Roster(model)
         self._parts = parts
+        self._spoilt: set[str] = set()
         self.baseline = Baseline()
         self.declare(Declared.by_flags(self.index) if declared is None else declared, now)
 
     def declare(self, declared: Declared, now: Moment = (0, 0)) -> None:
         """Take over a new declaration; what stays frozen keeps its older baseline."""
         self.declared = declared
-        self.shared = shared_memory(self.index)
+        self.shared, self._twins = shared_memory(self.index)
         # what can't require a gradient isn't asked to
         self.flags = bytes(
             name not in declared.frozen and can_train(parameter)
@@ -126,6 +127,7 @@ class Ledger:
         *,
         flags: bool = True,
         only: Collection[int] | None = None,
+        always: Collection[str] = (),
     ) -> list[Seen]:
         """Compare the model with the declaration.
 
@@ -133,6 +135,7 @@ class Ledger:
             scene: what to look at for causes.
             flags: also compare flags and modes.
             only: positions of the baseline to compare; all where None.
+            always: names of what has been frozen since the fit began.
         """
         scene = Scene(shared=self.shared) if scene is None else scene
         now = self.now()
@@ -158,7 +161,7 @@ class Ledger:
             seen += by_batch(now, self.declared.still)
         if only is None:
             seen += self.drifting(scene, changed)
-        return seen + left_over(lambda: self._frozen(now), scene.optimizers)
+        return seen + left_over(lambda: self._frozen(now), scene.optimizers, always)
 
     @property
     def trainable(self) -> list[str]:
@@ -193,13 +196,14 @@ class Ledger:
         listed = [p for p in positions if now is None or self._present(p, now)]
         if not listed:
             return []
-        scene = replace(scene, shared=self._moving_partners(scene))
+        scene = replace(scene, shared=self._moving_partners(scene), twins=self._twins)
         names = self.baseline.names
-        buffers = {names[p] for p in listed if self.baseline.is_buffer(p)}
+        together = {names[p] for p in listed}
+        self._spoilt |= together
         groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
         for position in listed:
             if self.baseline.is_buffer(position):
-                why = why_buffer_changed(self.baseline, position, buffers, scene)
+                why = why_buffer_changed(self.baseline, position, together, scene)
                 key = ("frozen-buffer-changed", why)
             else:
                 key = ("frozen-changed", why_changed(self.baseline, position, scene))
@@ -256,6 +260,7 @@ class Ledger:
                 for position, name in enumerate(self.baseline.names)
                 if name in copies
                 and position not in changed
+                and name not in self._spoilt  # then the average lags behind
                 and not self.baseline.is_buffer(position)
             ]
             source = [self.baseline.tensor(position) for position, _ in frozen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,12 +13,17 @@ from lightning_freeze.names import some
 Named = Iterable[tuple[str, Tensor]]
 
 
-def left_over(frozen: Callable[[], Named], optimizers: Sequence[Optimizer]) -> list[Seen]:
+def left_over(
+    frozen: Callable[[], Named],
+    optimizers: Sequence[Optimizer],
+    always: Collection[str] = (),
+) -> list[Seen]:
     """Gradients of frozen tensors, and momentum that an optimizer still holds them with.
 
     Args:
         frozen: gives name and parameter of what was declared frozen.
         optimizers: of the loop.
+        always: names of what has been frozen since the fit began.
     """
     held = {
         id(parameter): type(optimizer).__name__
@@ -27,22 +32,23 @@ def left_over(frozen: Callable[[], Named], optimizers: Sequence[Optimizer]) -> l
         for parameter in group["params"]
         if not parameter.requires_grad
     }
-    seen = _gradients(frozen(), held)
-    return seen + _states(frozen(), held, optimizers) if held else seen
+    seen = _gradients(frozen(), held, always)
+    return seen + _states(frozen(), held, optimizers, always) if held else seen
 
 
-def _gradients(frozen: Named, held: Mapping[int, str]) -> list[Seen]:
+def _gradients(frozen: Named, held: Mapping[int, str], always: Collection[str]) -> list[Seen]:
     groups: dict[tuple[str, str], list[str]] = {}
     for name, parameter in frozen:
         if parameter.grad is not None and not parameter.requires_grad:
-            groups.setdefault(_why_gradient(parameter, held), []).append(name)
+            why = _why_gradient(parameter, held, name in always)
+            groups.setdefault(why, []).append(name)
     return [
         Seen("stale-gradient", tuple(ns), f"{some(ns)} is frozen but has a gradient", *why)
         for why, ns in groups.items()
     ]
 
 
-def _why_gradient(parameter: Tensor, held: Mapping[int, str]) -> tuple[str, str]:
+def _why_gradient(parameter: Tensor, held: Mapping[int, str], always: bool) -> tuple[str, str]:
     fix = "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does."
     holder = held.get(id(parameter))
     if holder and not parameter.grad.any():  # type: ignore[union-attr]
@@ -51,33 +57,50 @@ def _why_gradient(parameter: Tensor, held: Mapping[int, str]) -> tuple[str, str]
             "steps it all the same (weight decay, momentum).",
             fix,
         )
+    came = "It was frozen after a backward pass"
+    if always:
+        came = "It has been frozen since the fit began, so some code gave it one"
     if holder:
-        return (
-            f"It was frozen after a backward pass; {holder}, which holds it, steps it.",
-            fix,
-        )
+        return (f"{came}; {holder}, which holds it, steps it.", fix)
     return (
-        "It was frozen after a backward pass; no optimizer holds it, so no `zero_grad` clears it: "
+        f"{came}; no optimizer holds it, so no `zero_grad` clears it: "
         "it takes memory, and moves the weight as soon as one does.",
         fix,
     )
 
 
-def _states(frozen: Named, held: Mapping[int, str], optimizers: Sequence[Optimizer]) -> list[Seen]:
+def _states(
+    frozen: Named,
+    held: Mapping[int, str],
+    optimizers: Sequence[Optimizer],
+    always: Collection[str],
+) -> list[Seen]:
     kept = [(name, parameter) for name, parameter in frozen if id(parameter) in held]
     found = []
     for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        if kind == "LBFGS":  # what it keeps of all parameters stands under the first
+            continue
         names = [name for name, parameter in kept if optimizer.state.get(parameter)]
-        if names:
-            kind = type(optimizer).__name__
-            found.append(
-                Seen(
-                    "stale-optimizer-state",
-                    tuple(names),
-                    f"{some(names)} is frozen but an optimizer holds it with momentum",
-                    f"It trained before it was frozen, and stayed in the groups of {kind}.",
-                    "Remove it from the group and from `optimizer.state`, as `FreezeBackbone` "
-                    "does.",
+        since = [name for name in names if name in always]
+        before = [name for name in names if name not in always]
+        for ones, came in (
+            (before, f"It trained before it was frozen, and stayed in the groups of {kind}."),
+            (
+                since,
+                f"It has been frozen since the fit began, and is in the groups of {kind}: it was "
+                "stepped on a gradient that some code gave it, or in an earlier fit.",
+            ),
+        ):
+            if ones:
+                found.append(
+                    Seen(
+                        "stale-optimizer-state",
+                        tuple(ones),
+                        f"{some(ones)} is frozen but an optimizer holds it with momentum",
+                        came,
+                        "Remove it from the group and from `optimizer.state`, as `FreezeBackbone` "
+                        "does.",
+                    )
                 )
-            )
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -18,7 +19,9 @@ from lightning_freeze.audit.holdings import check_optimizers, held_by, hidden
 from lightning_freeze.audit.ledger import Declared, Ledger
 from lightning_freeze.audit.rolling import Pace, Rolling
 from lightning_freeze.audit.scene import Average, Scene, nobody
-from lightning_freeze.audit.unfrozen import Movement, not_moved, without_gradient
+from lightning_freeze.audit.switches import fell_asleep, lively
+from lightning_freeze.audit.unfrozen import Movement, never_stepped, not_moved, without_gradient
+from lightning_freeze.errors import FreezeError
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.names import ModelIndex
 
@@ -61,6 +64,7 @@ class AuditRun:
         averages: Callable[[], Sequence[Average]] = tuple,
         who: Callable[[str, str], str] = nobody,
         reduced: Callable[[], Collection[str]] = tuple,
+        batches_per_step: Callable[[], int] = int,
     ) -> None:
         """Take the model down.
 
@@ -78,8 +82,13 @@ class AuditRun:
             averages: gives averaged copies.
             who: says which code runs between two looks.
             reduced: gives names of what DistributedDataParallel gives a gradient.
+            batches_per_step: gives the number of batches after which an optimizer steps; 0 where
+                nobody knows.
         """
         self._reduced = reduced
+        self._batches_per_step = batches_per_step
+        self._idle = 0
+        self._lively: tuple[str, ...] | None = None
         self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
         self.watch = GradientWatch(dead_after)
         self.clock = now
@@ -112,9 +121,8 @@ class AuditRun:
         self._looked_for_hidden = False
         self._compared = now
         self._arm(now)
-        # flags were declared when the fit was set up; since then other code has run
+        # flags were declared when the fit was set up; since then other code may have run
         self._begin(looks.BEGIN, now, self.ledger.flags)
-        self.look(looks.FIT, now)
 
     @property
     def scene(self) -> Scene:
@@ -156,6 +164,7 @@ class AuditRun:
         """Something froze or unfroze."""
         self.ledger.declare(declared, now)
         self._hunted = frozenset()
+        self._lively = None
         self._stop_probe()
         self._arm(now)
         self._begin(looks.EPOCH, now)
@@ -178,6 +187,8 @@ class AuditRun:
         """Before a batch's forward pass."""
         began = perf_counter()
         self.clock = now
+        if self._lively is None:  # here every hook at an epoch's start has run
+            self._lively = lively(self.ledger.index)
         cheap = self.rolling is None and self._cost_of_notes <= _ALWAYS
         affordable = cheap or self._notes.credit >= self._cost_of_notes
         self._noting = affordable or self._owed > 0 or self.hunting
@@ -204,6 +215,8 @@ class AuditRun:
         self._updating = True
         params = (p for group in optimizer.param_groups for p in group["params"])
         self._without = None if any(p.grad is not None for p in params) else optimizer
+        self._idle = 0
+        self._movement.step(optimizer)
         dead = self.watch.before_step(optimizer)
         if dead:
             self._tell_of_dead(dead)
@@ -229,6 +242,9 @@ class AuditRun:
         if self._noting:
             self._trace.look(looks.END, now)
             self._trace.look_at_flags(looks.END, now)
+        if self._movement.due(self.watch.dead_after):
+            self.check_movement()  # gradients are still there
+        self._count_idle()
         ended = perf_counter()
         self._spent += ended - began
         if self._step_began:
@@ -246,6 +262,15 @@ class AuditRun:
                 self._queue += self.ledger.changes(changed, self.scene, self.ledger.now())
             self._step_began = perf_counter()
             self._slices.spend(self._step_began - ended)
+
+    def _count_idle(self) -> None:
+        self._idle += 1
+        every = self._batches_per_step()
+        if every and self._idle == self.watch.dead_after * every and self.watch.waits:
+            held = held_by(self._optimizers())
+            parameters = self.ledger.index.parameters
+            names = [n for n, p in parameters.items() if p.requires_grad and id(p) in held]
+            self._queue += never_stepped(self._groups, names, self._idle)
 
     def look(self, label: str, now: Moment) -> None:
         """At any other place of the loop."""
@@ -295,12 +320,15 @@ class AuditRun:
             item
             if item.since is not None or item.code not in _DATED
             else replace(item, since=self._compared)
-            for item in self.ledger.check(self.scene, flags=flags)
+            for item in self.ledger.check(
+                self.scene, flags=flags, always=self._frozen_first & self.ledger.declared.frozen
+            )
         ]
         self._queue = []
         self._compared = self.clock = now
         if flags:
             index = self.ledger.now()
+            seen += fell_asleep(index, self._lively or ())
             seen += check_optimizers(
                 index,
                 self._trains_in(index),
@@ -321,17 +349,23 @@ class AuditRun:
         frozen = self.ledger.declared.frozen if self._managed else frozenset()
         return [n for n, p in index.parameters.items() if p.requires_grad and n not in frozen]
 
-    def check_movement(self, step: int) -> None:
-        """At an epoch's end: see what has gradients and doesn't move, and what is hidden."""
+    def check_movement(self) -> None:
+        """See what has gradients and doesn't move."""
         alive = self.watch.alive
+        optimizers = self._optimizers()
+        unmoved = self._movement.unmoved(optimizers)
         self._queue += not_moved(
             self._groups,
             self.ledger.index.parameters,
-            {name: since for name, since in self._movement.unmoved().items() if name in alive},
-            self._optimizers(),
-            step,
+            {name: stuck for name, stuck in unmoved.items() if name in alive},
+            optimizers,
             self.watch.dead_after,
         )
+
+    def epoch_ends(self, now: Moment) -> None:
+        """Behind an epoch's last batch and its validation."""
+        self.look(looks.EPOCH_END, now)
+        self.check_movement()
         if not self._looked_for_hidden:
             self._looked_for_hidden = True
             self._queue += hidden(self.ledger.model, self._optimizers())
@@ -352,7 +386,14 @@ class AuditRun:
         self._begin(looks.EPOCH_END, now, again=True)
 
     def last_words(self) -> list[Seen]:
-        """When an exception ends the fit: what wasn't told yet, and a step without any gradient."""
+        """When an exception ends the fit: what wasn't told yet, and what is wrong now.
+
+        Flags may be in between two states, so they count only if nothing requires a gradient.
+        """
+        with suppress(FreezeError, RuntimeError):  # the model may be in pieces
+            self._queue += self.look_at_weights(here=True)
+            if not self.with_gradient():
+                self._queue += self.check(self.clock)
         if self._without is not None:
             held = {id(p) for group in self._without.param_groups for p in group["params"]}
             index = self.ledger.index

@@ -50,6 +50,7 @@ class Scene:
         averages: copies of the model in callbacks that average weights.
         who: says, for two looks, which code of the user's runs between them.
         shared: name of a frozen tensor -> name of a trainable one in the same memory.
+        twins: name of a frozen tensor -> name of another frozen one in the same memory.
         reduced: names of what DistributedDataParallel gives a gradient.
     """
 
@@ -59,6 +60,7 @@ class Scene:
     who: Callable[[str, str], str] = nobody
     shared: Mapping[str, str] = field(default_factory=dict)
     reduced: Collection[str] = ()
+    twins: Mapping[str, str] = field(default_factory=dict)
 
     def holder(self, parameter: Tensor) -> Optimizer | None:
         """The first optimizer that holds a parameter."""
@@ -77,8 +79,12 @@ class Scene:
         return 0.0
 
 
-def shared_memory(index: ModelIndex) -> dict[str, str]:
-    """Name of a frozen parameter -> name of a trainable one whose memory it overlaps."""
+def shared_memory(index: ModelIndex) -> tuple[dict[str, str], dict[str, str]]:
+    """Parameters that overlap in memory.
+
+    Returns:
+        Name of a frozen one -> name of a trainable one, and of a frozen one -> another frozen one.
+    """
     spans: list[tuple[int, int, str]] = []
     for name, parameter in index.parameters.items():
         if parameter.device.type == "meta" or not parameter.numel():
@@ -88,10 +94,13 @@ def shared_memory(index: ModelIndex) -> dict[str, str]:
             spans.append((begin, begin + parameter.nbytes, name))
     spans.sort()
     found: dict[str, str] = {}
+    twins: dict[str, str] = {}
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin >= end:
             continue
         pair = {index.parameters[n].requires_grad: n for n in (name, other)}
         if len(pair) == 2:
             found[pair[False]] = pair[True]
-    return found
+        elif False in pair:
+            twins |= {name: other, other: name}
+    return found, twins

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 
+from torch import nn
+
 from lightning_freeze.apply import can_train, is_batch_norm
 from lightning_freeze.audit.causes import when
 from lightning_freeze.audit.findings import Seen
@@ -147,6 +149,62 @@ def _came_in_train_mode(now: ModelIndex, paths: list[str]) -> list[Seen]:
             f"The module there is another one than at the fit's start ({kinds}), and came in train "
             "mode.",
             "Convert modules before the fit (`setup`, `configure_model`).",
+        )
+    ]
+
+
+def lively(index: ModelIndex) -> tuple[str, ...]:
+    """Paths of modules that train and are in train mode, and that behave otherwise in eval mode.
+
+    A dropout or batch-norm alone may be put to sleep on purpose, now or later; a module around
+    them may not.
+    """
+    restless = [
+        path
+        for path, module in index.modules.items()
+        if is_batch_norm(module) or (_is_dropout(module) and bool(getattr(module, "p", None)))
+    ]
+    around: set[str] = set()
+    for path in restless:
+        while path:
+            path = path.rpartition(".")[0]
+            around.add(path)
+    return tuple(
+        path
+        for path, module in index.modules.items()
+        if path in around and module.training and _trains(index, path)
+    )
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def fell_asleep(now: ModelIndex, lively: Iterable[str]) -> list[Seen]:
+    """Modules that train and left train mode during the fit.
+
+    Args:
+        now: the model as it is.
+        lively: paths of those that were in train mode before the first batch.
+    """
+    down = [
+        path
+        for path in lively
+        if path in now.modules and not now.modules[path].training and _trains(now, path)
+    ]
+    if not down:
+        return []
+    chosen = set(down)
+    tops = sorted(p for p in down if p.rpartition(".")[0] not in chosen or not p)
+    return [
+        Seen(
+            "mode-changed",
+            tuple(tops),
+            f"{some([top or 'the model' for top in tops])} left train mode although it trains",
+            "Some code called `eval()` on it or on a module around it, and nobody `train()`: its "
+            "dropout is off and its batch-norm statistics stand still.",
+            "Put it back with `train()`; for a look at the model in eval mode, restore the mode "
+            "behind it.",
         )
     ]
 

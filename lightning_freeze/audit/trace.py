@@ -32,6 +32,11 @@ FIT_END = "the fit's end"
 SKIPPED = "an earlier step"
 
 
+def of_torch(optimizer: Optimizer) -> bool:
+    """Whether it is one of torch's own, which leave a tensor without a gradient alone."""
+    return type(optimizer).__module__.startswith("torch.optim")
+
+
 @dataclass(frozen=True)
 class Update:
     """A frozen tensor was written while an optimizer stepped.
@@ -106,6 +111,7 @@ class Trace:
         self._last_flags = (FIT, (0, 0))
         self._held: dict[int, tuple[tuple[int, ...], list[int]]] = {}
         self._odd: dict[int, tuple[str, bytes]] = {}
+        self._steps: dict[int, int] = {}
         self._suspects: dict[int, bytes] = {}
 
     def begin(
@@ -140,6 +146,7 @@ class Trace:
             self.modes.clear()
         self._held.clear()
         self._odd.clear()
+        self._steps.clear()
         self._suspects.clear()
         self._baseline = baseline
         self._parameters = parameters
@@ -219,11 +226,10 @@ class Trace:
         """Just before an optimizer changes what it holds."""
         self.look(UPDATE, now)
         self._odd.clear()
-        kind = type(optimizer)
-        first = kind.__name__ not in self.stepped and not kind.__module__.startswith("torch.optim")
+        strange = not of_torch(optimizer) and self._due(optimizer)
         for position in self._held_by(optimizer):
             gradient = self._frozen[position].grad
-            if gradient is None and not first:
+            if gradient is None and not strange:
                 continue
             state = "none" if gradient is None else "some" if gradient.any() else "zero"
             self._odd[position] = (state, self._baseline.read(position))
@@ -237,7 +243,8 @@ class Trace:
             return
         fresh = versions(self._frozen)
         written = {p for p, (_, value) in self._odd.items() if self._baseline.read(p) != value}
-        if fresh != self._versions:
+        if fresh != self._versions and not of_torch(optimizer):
+            # torch's own leave alone what has no gradient
             held = self._held_by(optimizer)
             written.update(p for p in held if fresh[p] != self._versions[p])
         _, at = self._last
@@ -251,6 +258,16 @@ class Trace:
                 self._suspects[position] = self._baseline.read(position)
         self._odd.clear()
         self.look(UPDATED, now)
+
+    def _due(self, optimizer: Optimizer) -> bool:
+        """Whether to read what has no gradient: in the first steps that could move it, then rarely.
+
+        A step at a learning rate of zero proves nothing.
+        """
+        if not any(float(group.get("lr") or 0.0) for group in optimizer.param_groups):
+            return False
+        count = self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
+        return count <= 3 or count & (count - 1) == 0
 
     def skip(self) -> None:
         """A step goes by without looks: what is found after it was written at some time in it."""

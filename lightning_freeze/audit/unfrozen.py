@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,19 @@ def without_gradient(
     ]
 
 
+@dataclass(frozen=True)
+class Stuck:
+    """A parameter that hasn't moved.
+
+    Attributes:
+        steps: optimizer steps at a learning rate above zero since it began to train.
+        lr: the last such learning rate.
+    """
+
+    steps: int
+    lr: float
+
+
 class Movement:
     """Which parameters that train have moved since they began to.
 
@@ -55,6 +69,10 @@ class Movement:
     def __init__(self) -> None:
         self._began = Baseline()
         self._moved: frozenset[str] = frozenset()
+        self._steps: dict[tuple[int, int], int] = {}
+        self._lrs: dict[tuple[int, int], float] = {}
+        self._before: dict[int, dict[tuple[int, int], int]] = {}
+        self._looked = 0
 
     def arm(self, parameters: Mapping[str, nn.Parameter], now: Moment) -> None:
         """Watch these; what is watched already goes on, what isn't among them is forgotten.
@@ -68,24 +86,58 @@ class Movement:
             (name, parameter) for name, parameter in parameters.items() if name not in self._moved
         ]
         self._began = Baseline.of(waiting, now, self._began)
+        self._before[now[1]] = dict(self._steps)
+        self._looked = self._most()
 
-    def unmoved(self) -> dict[str, int]:
-        """Name -> optimizer step since which it hasn't moved; forgets what has."""
+    def step(self, optimizer: Optimizer) -> None:
+        """Before each step: at a learning rate of zero nothing is expected to move."""
+        for place, group in enumerate(optimizer.param_groups):
+            lr = group.get("lr")
+            if lr is None or (isinstance(lr, Tensor) and not lr.is_cpu):
+                lr = 1.0  # it chooses its own, or to read it would wait for the device
+            if group["params"] and float(lr):
+                key = id(optimizer), place
+                self._steps[key] = self._steps.get(key, 0) + 1
+                self._lrs[key] = float(lr)
+
+    def _most(self) -> int:
+        return max(self._steps.values(), default=0)
+
+    def due(self, least: int) -> bool:
+        """Whether so many steps have gone by since it was looked at last."""
+        return bool(len(self._began)) and self._most() - self._looked >= least
+
+    def unmoved(self, optimizers: Sequence[Optimizer]) -> dict[str, Stuck]:
+        """What hasn't moved, by name; forgets what has."""
+        self._looked = self._most()
         moved = set(self._began.changed())
         self._moved = self._moved.union(self._began.names[position] for position in moved)
         left = [p for p in range(len(self._began)) if p not in moved]
         kept = [(self._began.names[p], self._began.tensor(p)) for p in left]
         places: Any = [(name, tensor) for name, tensor in kept if tensor is not None]
         self._began = Baseline.of(places, (0, 0), self._began)
-        return {name: step for name, (_, step) in zip(self._began.names, self._began.since)}
+        if not places:
+            return {}
+        group_of = {
+            id(parameter): (id(optimizer), place)
+            for optimizer in optimizers
+            for place, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        found = {}
+        for (name, tensor), (_, began) in zip(places, self._began.since):
+            key = group_of.get(id(tensor))
+            if key is not None:
+                before = self._before.get(began, {}).get(key, 0)
+                found[name] = Stuck(self._steps.get(key, 0) - before, self._lrs.get(key, 0.0))
+        return found
 
 
 def not_moved(
     groups: Iterable[LayerGroup],
     parameters: Mapping[str, nn.Parameter],
-    unmoved: Mapping[str, int],
+    unmoved: Mapping[str, Stuck],
     optimizers: Sequence[Optimizer],
-    step: int,
     least: int,
 ) -> list[Seen]:
     """Parameters that have gradients and yet don't move: one finding a layer group and cause.
@@ -97,14 +149,12 @@ def not_moved(
     Args:
         groups: the layer groups.
         parameters: name -> parameter.
-        unmoved: name -> optimizer step since which it hasn't moved, of those that have had a
-            gradient.
-        optimizers: their learning rates; at zero nothing is expected to move.
-        step: optimizer steps so far.
-        least: steps after which a parameter should have moved.
+        unmoved: what hasn't moved, of those that have had a gradient.
+        optimizers: of the loop.
+        least: steps at a learning rate above zero after which a parameter should have moved.
     """
     held = {
-        id(parameter): (optimizer, group)
+        id(parameter): optimizer
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
@@ -114,10 +164,10 @@ def not_moved(
         trained = [n for n in group.parameters if id(parameters[n]) in held]
         stuck: dict[Why, list[str]] = {}
         for name in trained:
-            optimizer, options = held[id(parameters[name])]
-            if step - unmoved.get(name, step) < least or not options.get("lr"):
+            if name not in unmoved or unmoved[name].steps < least:
                 continue
-            why = _why_unmoved(parameters[name], optimizer, options)
+            parameter = parameters[name]
+            why = _why_unmoved(parameter, held[id(parameter)], unmoved[name].lr)
             if why is not None:
                 stuck.setdefault(why, []).append(name)
         for why, names in stuck.items():
@@ -131,6 +181,27 @@ def not_moved(
             )
             seen.append(Seen("not-updated", tuple(names), what, *why))
     return seen
+
+
+def never_stepped(groups: Iterable[LayerGroup], names: Iterable[str], batches: int) -> list[Seen]:
+    """No optimizer has stepped in so many batches: one finding a layer group.
+
+    Args:
+        groups: the layer groups.
+        names: what trains.
+        batches: how many have gone by.
+    """
+    return [
+        Seen(
+            "not-updated",
+            members,
+            f"`{group}` trains, but no optimizer has stepped in {batches} batches",
+            "`optimizer.step` isn't called: an `optimizer_step` or `training_step` of the module "
+            "leaves it out.",
+            "Call `optimizer.step(closure)` in an override of `optimizer_step`.",
+        )
+        for group, members in by_group(groups, names).items()
+    ]
 
 
 _ZERO: Why = (
@@ -148,9 +219,7 @@ _KEPT: Why = (
 )
 
 
-def _why_unmoved(
-    parameter: nn.Parameter, optimizer: Optimizer, options: Mapping[str, Any]
-) -> Why | None:
+def _why_unmoved(parameter: nn.Parameter, optimizer: Optimizer, lr: float) -> Why | None:
     """What its gradient says; None where it has none at present."""
     gradient = parameter.grad
     if gradient is None:
@@ -159,7 +228,7 @@ def _why_unmoved(
     if not bool(gradient.any()):
         return _ZERO
     value = local(parameter)
-    size = _step_size(gradient, optimizer.state.get(parameter, {}), options)
+    size = _step_size(gradient, optimizer.state.get(parameter, {}), lr)
     room = value.abs() * (torch.finfo(value.dtype).eps / 2)
     return _KEPT if bool((size > 2 * room).any()) else _ROUNDED
 
@@ -170,9 +239,8 @@ def local(tensor: Tensor) -> Tensor:
     return (part() if callable(part) else tensor).detach()
 
 
-def _step_size(gradient: Tensor, state: Mapping[str, Any], options: Mapping[str, Any]) -> Tensor:
+def _step_size(gradient: Tensor, state: Mapping[str, Any], lr: float) -> Tensor:
     """About how far one step moves each element."""
-    lr = float(options["lr"])
     first, second = state.get("exp_avg"), state.get("exp_avg_sq")
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         return lr * local(first).abs() / (local(second).sqrt() + 1e-8)

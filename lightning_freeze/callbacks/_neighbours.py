@@ -25,7 +25,7 @@ _HOOK = {
     looks.VALIDATED: "on_validation_end",
     looks.EPOCH_END: "on_train_epoch_end",
     looks.SAVED: "on_save_checkpoint",
-    looks.FIT_END: "on_train_end",
+    looks.FIT_END: "on_fit_end",
 }
 _PASSES = (
     "on_before_zero_grad",
@@ -33,15 +33,23 @@ _PASSES = (
     "on_before_backward",
     "backward",
     "on_after_backward",
+    "optimizer_step",
 )
-_STEP = (*_PASSES, "on_before_optimizer_step", "optimizer_step", "lr_scheduler_step")
+_UPDATE = ("configure_gradient_clipping",)
+_STEP = (*_PASSES, "on_before_optimizer_step", *_UPDATE, "lr_scheduler_step")
+_DATA = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 _BEHIND_VALIDATION = ("on_validation_model_train",)
 _IN_BETWEEN = {
     (looks.BEGIN, looks.FIT): ("on_sanity_check_start", "on_sanity_check_end"),
     (looks.START, looks.UPDATE): _PASSES,
     (looks.START, looks.UPDATED): _STEP,
     (looks.START, looks.END): _STEP,
+    (looks.UPDATE, looks.UPDATED): _UPDATE,
     (looks.UPDATED, looks.END): ("optimizer_step", "lr_scheduler_step"),
+    (looks.END, looks.START): _DATA,
+    (looks.EPOCH, looks.START): _DATA,
+    (looks.END, looks.VALIDATION): ("on_validation_model_zero_grad", "on_validation_model_eval"),
+    (looks.EPOCH_END, looks.FIT_END): ("on_train_end",),
     (looks.VALIDATED, looks.START): _BEHIND_VALIDATION,
     (looks.VALIDATED, looks.END): _BEHIND_VALIDATION,
     (looks.VALIDATED, looks.EPOCH): _BEHIND_VALIDATION,
@@ -60,7 +68,11 @@ _LIBRARIES = ("lightning", "pytorch_lightning", "lightning_freeze")
 def who_runs(trainer: Trainer, ours: Callback, after: str, before: str) -> str:
     """The hooks of the user's callbacks and module between two looks, in words."""
     found = list(_between(trainer, ours, after, before))
-    if after == looks.START and before in (looks.UPDATE, looks.UPDATED, looks.END):
+    in_step = after == looks.START and before in (looks.UPDATE, looks.UPDATED, looks.END)
+    if not trainer.lightning_module.automatic_optimization:
+        # there the step goes on behind the update
+        in_step = in_step or (after == looks.UPDATED and before in (looks.UPDATE, looks.END))
+    if in_step:
         found.append(f"{type(trainer.lightning_module).__name__}.training_step")
     if (after, before) == (looks.VALIDATION, looks.VALIDATED):
         found.append(f"{type(trainer.lightning_module).__name__}.validation_step")

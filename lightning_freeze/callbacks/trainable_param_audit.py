@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_freeze.arguments import call_of, one_of, whole
@@ -25,7 +27,7 @@ from lightning_freeze.callbacks._freezing import saved_state, start
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
 from lightning_freeze.distributed import from_all_ranks
-from lightning_freeze.errors import ArgumentError
+from lightning_freeze.errors import ArgumentError, ResumeError
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.timeline import Moment
 
@@ -160,10 +162,27 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """On a resume: what was frozen, with which fingerprints."""
         if trainer.state.fn == TrainerFn.FITTING:
+            self._check_freezing(trainer, checkpoint)
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
             self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
             self._record.checks = state.get("checks", 0)
+
+    @staticmethod
+    def _check_freezing(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+        """Without the callbacks that split them, torch says only that groups don't match."""
+        saved = [
+            str(key)
+            for key, state in (checkpoint.get("callbacks") or {}).items()
+            if isinstance(state, dict) and "layout" in state
+        ]
+        if saved and not any(isinstance(cb, _session.Freezing) for cb in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ResumeError(
+                f"The checkpoint was written with {', '.join(saved)}, and this run has no freezing "
+                "callback: its optimizer groups have another shape. Use the callbacks of the run "
+                "that wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and "
+                "`fit` without `ckpt_path`."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """A certificate of what is frozen, and the record so far."""
@@ -195,6 +214,9 @@ class TrainableParamAudit(Callback):
         self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
         self._wrapped = session.wrapped_with
+        parameters = session.index.parameters.values()
+        if trainer.ckpt_path is None and not any(is_lazy(p) for p in parameters):
+            self._begin(trainer, pl_module, session)
 
     def _declaration(self) -> Declared:
         session = self._session
@@ -207,11 +229,26 @@ class TrainableParamAudit(Callback):
         return Declared(session.plan.frozen, quiet, quiet)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fingerprint what is frozen: here weights are restored and validated with."""
+        """On a resume, fingerprint what is frozen here, where it has been restored; then check."""
         session = self._session
         if session is None or session.index is None:
             return
-        run = self._run = AuditRun(
+        if self._run is None:
+            self._begin(trainer, pl_module, session)
+        assert self._run is not None
+        self._run.look(looks.FIT, self._now(trainer))
+        for optimizer in trainer.optimizers:
+            self._watch(trainer, optimizer)
+        self._last_step = trainer.global_step
+        self._chronicle.change(trainer, session, self._run)
+        if self._resumed is None or session.managed:
+            self._first_check(trainer)
+
+    def _begin(
+        self, trainer: Trainer, pl_module: LightningModule, session: _session.Session
+    ) -> None:
+        assert session.index is not None
+        self._run = AuditRun(
             pl_module,
             session.index,
             self._declared,
@@ -227,13 +264,8 @@ class TrainableParamAudit(Callback):
             averages=lambda: averages_of(trainer, ended=self._ended),
             who=lambda after, before: who_runs(trainer, self, after, before),
             reduced=lambda: self._wrapped if trainer.world_size > 1 else (),
+            batches_per_step=lambda: _batches_per_step(trainer),
         )
-        for optimizer in trainer.optimizers:
-            self._watch(trainer, optimizer)
-        self._last_step = trainer.global_step
-        self._chronicle.change(trainer, session, run)
-        if self._resumed is None or session.managed:
-            self._first_check(trainer)
 
     def _first_check(self, trainer: Trainer) -> None:
         assert self._run is not None
@@ -293,10 +325,15 @@ class TrainableParamAudit(Callback):
         run = self._run
         if run is None or id(optimizer) in self._hooks or not isinstance(optimizer, Optimizer):
             return
-        self._hooks[id(optimizer)] = (
-            optimizer.register_step_pre_hook(lambda o, *_: run.step_starts(o, self._now(trainer))),
-            optimizer.register_step_post_hook(lambda o, *_: run.update_ends(o, self._now(trainer))),
-        )
+        with suppress(TypeError, AttributeError):  # a wrapper that isn't a whole optimizer
+            self._hooks[id(optimizer)] = (
+                optimizer.register_step_pre_hook(
+                    lambda o, *_: run.step_starts(o, self._now(trainer))
+                ),
+                optimizer.register_step_post_hook(
+                    lambda o, *_: run.update_ends(o, self._now(trainer))
+                ),
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -335,17 +372,13 @@ class TrainableParamAudit(Callback):
         run = self._run
         if run is None:
             return
-        run.look(looks.EPOCH_END, self._now(trainer))
+        run.epoch_ends(self._now(trainer))
         self._chronicle.end_epoch(trainer, run)
-        run.check_movement(trainer.global_step)
         if run.hunting and trainer.current_epoch >= self._hunt_ends:
             self._check(trainer)
             run.give_up(self._now(trainer))
             return
-        new = self._check(trainer)
-        if any(finding.code in CHANGED for finding in new):
-            self._hunt_ends = trainer.current_epoch + 1
-            run.hunt(new, self._now(trainer))
+        self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check a last time, all ranks together."""
@@ -401,7 +434,11 @@ class TrainableParamAudit(Callback):
             seen += compare_ranks(run, self._wrapped)
         self._record.count_check()
         self._last_step = trainer.global_step
-        return self._judge.hear(trainer, run, seen)
+        new = self._judge.hear(trainer, run, seen)
+        if not self._ended and not run.hunting and any(f.code in CHANGED for f in new):
+            self._hunt_ends = trainer.current_epoch + 1
+            run.hunt(new, self._now(trainer))
+        return new
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -417,3 +454,10 @@ class TrainableParamAudit(Callback):
             The matplotlib figure.
         """
         return self._record.plot(None if path is None else Path(path))
+
+
+def _batches_per_step(trainer: Trainer) -> int:
+    """Batches after which Lightning steps the optimizer; 0 where the module decides."""
+    if not trainer.lightning_module.automatic_optimization or trainer.fit_loop._skip_backward:
+        return 0
+    return trainer.accumulate_grad_batches

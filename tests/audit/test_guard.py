@@ -20,7 +20,9 @@ from lightning_freeze import (
     assert_frozen,
     audit_parameters,
     freeze,
+    summarize,
 )
+from lightning_freeze.errors import ArgumentError
 from lightning_freeze.fingerprint import fingerprint
 from tests.audit.nets import Net, frozen_net, step, tied
 
@@ -248,3 +250,30 @@ def test_one_look_finds_a_parameter_in_two_groups(pretrained: Pretrained) -> Non
     finding = looked(pretrained, optimizer)["scheduler-mismatch"]
     assert finding.names == ("head.bias",)
     assert "more than one parameter group of SGD" in finding.message
+
+
+def test_optimizers_are_taken_as_configure_optimizers_gives_them(pretrained: Pretrained) -> None:
+    sgd = SGD(pretrained.head.parameters(), lr=0.1)
+    rise = torch.optim.lr_scheduler.StepLR(sgd, 1)
+    config = {"scheduler": rise, "interval": "step"}
+    bad = SGD(pretrained.backbone.parameters(), lr=0.1)
+    for wrap in (
+        lambda o: o,
+        lambda o: [o],
+        lambda o: ([o], [rise]),
+        lambda o: ([o], [config]),
+        lambda o: {"optimizer": o, "lr_scheduler": config},
+        lambda o: [{"optimizer": o}],
+        lambda o: ({"optimizer": o, "lr_scheduler": rise},),
+    ):
+        assert audit_parameters(pretrained, wrap(sgd)) == []
+        assert [f.code for f in audit_parameters(pretrained, wrap(bad))] == ["not-in-optimizer"]
+        assert summarize(pretrained, wrap(sgd)).rows[-1].lr == 0.1
+
+
+@pytest.mark.parametrize("wrong", [3, "sgd", {"adam": None}, [3]])
+def test_what_is_no_optimizer_is_refused(pretrained: Pretrained, wrong: Any) -> None:
+    with pytest.raises(ArgumentError, match="Expected optimizers, got"):
+        audit_parameters(pretrained, wrong)
+    with pytest.raises(ArgumentError, match="`audit_parameters` got SGD"):
+        audit_parameters(SGD(pretrained.parameters(), lr=1), pretrained)  # type: ignore[arg-type]

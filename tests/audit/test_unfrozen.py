@@ -10,7 +10,13 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_freeze.audit.findings import Seen
-from lightning_freeze.audit.unfrozen import Movement, left_out, not_moved, without_gradient
+from lightning_freeze.audit.unfrozen import (
+    Movement,
+    Stuck,
+    left_out,
+    not_moved,
+    without_gradient,
+)
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.names import ModelIndex
 from tests.audit.nets import Net, only
@@ -36,21 +42,25 @@ class Fit:
         for _ in range(count):
             self.optimizer.zero_grad()
             self.model(torch.randn(6, 3)).pow(2).sum().backward()
+            self.movement.step(self.optimizer)
             self.optimizer.step()
             self.steps += 1
 
     def check(self, least: int = 3) -> list[Seen]:
-        unmoved = self.movement.unmoved()
         optimizers = [self.optimizer]
-        return not_moved(GROUPS, self.parameters, unmoved, optimizers, self.steps, least)
+        unmoved = self.movement.unmoved(optimizers)
+        return not_moved(GROUPS, self.parameters, unmoved, optimizers, least)
+
+    def unmoved(self) -> dict[str, Stuck]:
+        return self.movement.unmoved([self.optimizer])
 
 
 def test_what_moves_is_no_finding_and_is_not_read_again() -> None:
     fit = Fit(SGD)
-    assert set(fit.movement.unmoved()) == set(fit.parameters)
+    assert set(fit.unmoved()) == set(fit.parameters)
     fit.step(3)
     assert fit.check() == []
-    assert fit.movement.unmoved() == {}
+    assert fit.unmoved() == {}
 
 
 def test_a_zeroed_gradient_of_one_tensor_is_found_and_named_as_such() -> None:
@@ -116,12 +126,35 @@ def test_a_learning_rate_of_zero_moves_nothing_and_is_no_finding() -> None:
 def test_what_has_moved_once_is_not_waited_for_again_unless_it_was_frozen() -> None:
     fit = Fit(SGD)
     fit.step(3)
-    assert fit.movement.unmoved() == {}
+    assert fit.unmoved() == {}
     fit.movement.arm(fit.parameters, (1, 3))
-    assert fit.movement.unmoved() == {}
+    assert fit.unmoved() == {}
     fit.movement.arm({}, (1, 3))
     fit.movement.arm(fit.parameters, (2, 6))
-    assert set(fit.movement.unmoved().values()) == {6}
+    assert set(fit.unmoved()) == set(fit.parameters)
+    assert {stuck.steps for stuck in fit.unmoved().values()} == {0}
+
+
+def test_only_steps_above_a_learning_rate_of_zero_count() -> None:
+    fit = Fit(SGD, lr=0.0)
+    fit.step(4)
+    fit.optimizer.param_groups[0]["lr"] = 0.1  # as a scheduler has it that has just stepped
+    assert fit.check() == []
+    fit.model.head.weight.register_hook(torch.zeros_like)
+    fit.step(3)
+    assert only(fit.check()).names == ("head.weight",)
+    assert fit.movement.due(3) is False
+
+
+def test_it_is_looked_at_while_gradients_are_there() -> None:
+    fit = Fit(SGD)
+    fit.model.head.weight.register_hook(torch.zeros_like)
+    fit.step(2)
+    assert not fit.movement.due(3)
+    fit.step(1)
+    assert fit.movement.due(3)
+    fit.optimizer.zero_grad()  # as Lightning does before a validation
+    assert fit.check() == []
 
 
 def test_missing_gradients_are_one_finding_for_each_group_and_cause() -> None:
