@@ -19,6 +19,7 @@ ALGORITHM = "XXH3-128 over dtype, shape and bytes"
 
 _FINGERPRINT = re.compile("[0-9a-f]{32}")
 _KINDS = ("parameter", "buffer")
+_NEEDED: Any = object()
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Certified:
         shape: its dimensions.
         epoch: the epoch since which it has been frozen with these bytes, counted from 0.
         step: the optimizer step since then; 0 where it has never trained.
+        reinitialised: whether it was re-initialised before the fit, so that it isn't what the run
+            began with.
+        tied_to: for another name of a tied tensor, its first name.
     """
 
     fingerprint: str
@@ -40,6 +44,23 @@ class Certified:
     shape: tuple[int, ...]
     epoch: int
     step: int
+    reinitialised: bool = False
+    tied_to: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; what is usual is left out."""
+        content: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "kind": self.kind,
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "since": {"epoch": self.epoch, "step": self.step},
+        }
+        if self.reinitialised:
+            content["reinitialised"] = True
+        if self.tied_to is not None:
+            content["tied_to"] = self.tied_to
+        return content
 
 
 @dataclass(frozen=True)
@@ -88,16 +109,7 @@ class Certificate:
             "epoch": self.epoch,
             "step": self.step,
             "algorithm": ALGORITHM,
-            "frozen": {
-                name: {
-                    "fingerprint": tensor.fingerprint,
-                    "kind": tensor.kind,
-                    "dtype": tensor.dtype,
-                    "shape": list(tensor.shape),
-                    "since": {"epoch": tensor.epoch, "step": tensor.step},
-                }
-                for name, tensor in self.frozen.items()
-            },
+            "frozen": {name: tensor.to_dict() for name, tensor in self.frozen.items()},
             "findings": [dict(finding) for finding in self.findings],
             "versions": dict(self.versions),
         }
@@ -229,9 +241,15 @@ def _certified(fields: _Fields) -> Certified:
     fields.check("kind", kind in _KINDS)
     shape = fields.take("shape", list)
     fields.check("shape", all(type(size) is int and size >= 0 for size in shape))
-    dtype = fields.take("dtype", str)
     return Certified(
-        fingerprint, kind, dtype, tuple(shape), since.count("epoch"), since.count("step")
+        fingerprint,
+        kind,
+        fields.take("dtype", str),
+        tuple(shape),
+        since.count("epoch"),
+        since.count("step"),
+        reinitialised=fields.take("reinitialised", bool, False),
+        tied_to=fields.take("tied_to", str, None),
     )
 
 
@@ -243,7 +261,9 @@ class _Fields:
         self.where = where
         self.inside = inside
 
-    def take(self, key: str, kind: type) -> Any:
+    def take(self, key: str, kind: type, default: Any = _NEEDED) -> Any:
+        if default is not _NEEDED and key not in self.content:
+            return default
         if not isinstance(self.content, Mapping) or key not in self.content:
             raise VerifyError(
                 f"{self.where}: the certificate lacks `{self.inside}{key}`. It was changed after "

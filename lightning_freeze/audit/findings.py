@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lightning_freeze.errors import AuditError, FrozenWeightsChanged
@@ -60,6 +60,15 @@ class Finding:
             where += f"; right until epoch {self.since[0]}, step {self.since[1]}"
         tail = "".join(f" {text}" for text in (self.cause, self.fix) if text)
         return f"[{self.code}] {self.message} ({where}).{tail}"
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Finding:
+        """Back from what `to_dict` gave."""
+        since = content.get("since")
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in content.items() if key in known}
+        names, since = tuple(content["names"]), None if since is None else tuple(since)
+        return cls(**{**values, "names": names, "since": since})
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

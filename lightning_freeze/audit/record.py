@@ -30,6 +30,7 @@ class Record:
         frozen: name -> fingerprint of what is frozen now.
         alive: number of trainable tensors that have had a gradient.
         epochs: epochs that have ended.
+        fresh: names of what was re-initialised before the fit.
         steps_per_round: with slices, how many steps one full round takes; 0 without.
     """
 
@@ -42,6 +43,7 @@ class Record:
     alive: int = 0
     epochs: float = 0.0
     steps_per_round: int = 0
+    fresh: frozenset[str] = frozenset()
 
     def count_check(self) -> None:
         """Everything has been compared once more."""
@@ -101,7 +103,10 @@ class Record:
     def verdict(self) -> str:
         """The result in one or two sentences."""
         if not self.checks:
-            return "Audit: no fit yet."
+            return (
+                "Audit: nothing was recorded in this process: there was no fit yet, or its "
+                "processes had audits of their own (see `report`)."
+            )
         if self.findings:
             codes = ", ".join(sorted({finding.code for finding in self.findings}))
             many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
@@ -118,7 +123,7 @@ class Record:
 
     def certificate(self, run: AuditRun) -> Certificate:
         """What a run can say of its frozen tensors: fingerprints, and since when."""
-        baseline = run.ledger.baseline
+        baseline, aliases = run.ledger.baseline, run.ledger.index.aliases
         frozen = {}
         for position, (name, digest) in enumerate(self.frozen.items()):
             tensor = baseline.tensor(position)
@@ -132,7 +137,10 @@ class Record:
                 shape=tuple(tensor.shape),
                 epoch=epoch,
                 step=step,
+                reinitialised=name in self.fresh,
             )
+            for alias in aliases.get(name, ()):
+                frozen[alias] = replace(frozen[name], tied_to=name)
         told = {(finding.code, finding.names) for finding in self.findings}
         untold = [
             seen.at(*run.clock, 0)

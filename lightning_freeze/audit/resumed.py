@@ -19,10 +19,12 @@ class Resumed:
     Attributes:
         certificate: of what was frozen.
         trainable: names of what required a gradient.
+        fresh: names of what was re-initialised.
     """
 
     certificate: Certificate
     trainable: frozenset[str]
+    fresh: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Resumed | None:
@@ -30,7 +32,8 @@ class Resumed:
         if "certificate" not in state:
             return None
         certificate = Certificate.from_dict(state["certificate"], "the checkpoint")
-        return cls(certificate, frozenset(state.get("trainable", ())))
+        fresh = frozenset(n for n, entry in certificate.frozen.items() if entry.reinitialised)
+        return cls(certificate, frozenset(state.get("trainable", ())), fresh)
 
     def check(self, run: AuditRun) -> list[Seen]:
         """Compare with a run that has just begun, which then knows since when it is frozen."""

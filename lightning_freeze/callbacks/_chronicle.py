@@ -1,8 +1,6 @@
-"""What an audit says of a fit: tables, logged counts, timeline, report, certificate."""
+"""What an audit says while a fit runs: tables, logged counts, moments of the timeline."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from lightning.pytorch import Trainer
 
@@ -10,12 +8,12 @@ from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._session import Session
 from lightning_freeze.optimizers import learning_rates
-from lightning_freeze.report import Summary, rows_of, write_json
+from lightning_freeze.report import Summary, rows_of
 from lightning_freeze.timeline import Moment
 
 
 class Chronicle:
-    """Writes one fit's record, prints its tables, logs its counts and writes its files."""
+    """Takes down one fit's moments, prints its tables and logs its counts."""
 
     def __init__(
         self,
@@ -23,14 +21,10 @@ class Chronicle:
         *,
         table: bool,
         log_metrics: bool,
-        report: Path | None,
-        certificate: Path | bool,
     ) -> None:
         self._record = record
         self._table = table
         self._log_metrics = log_metrics
-        self._report = report
-        self._certificate = certificate
 
     def change(self, trainer: Trainer, session: Session, run: AuditRun) -> None:
         """Take down, show and log who trains from now on."""
@@ -50,28 +44,6 @@ class Chronicle:
         """Raise the last moment's learning rates to those of its epoch's end."""
         self._record.epochs = trainer.current_epoch + 1.0
         self._record.peak(self._lrs(trainer, run))
-
-    def write(self, trainer: Trainer, run: AuditRun) -> None:
-        """Write report and certificate."""
-        if self._report is not None and trainer.is_global_zero:
-            self._record.take(run)
-            write_json(self._report, self._record.to_dict(run))
-        self.certify(trainer, run)
-
-    def certify(self, trainer: Trainer, run: AuditRun) -> None:
-        """Write the certificate, if there is a place for it."""
-        path = self._certificate_path(trainer)
-        if path is not None and trainer.is_global_zero:
-            self._record.take(run)
-            write_json(path, self._record.certificate(run).to_dict())
-
-    def _certificate_path(self, trainer: Trainer) -> Path | None:
-        if isinstance(self._certificate, Path):
-            return self._certificate
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
-        if not self._certificate or not folder or "://" in str(folder):
-            return None
-        return Path(folder) / "certificate.json"
 
     def _lrs(self, trainer: Trainer, run: AuditRun) -> dict[str, float | None]:
         lrs = learning_rates(run.ledger.index, trainer.optimizers)

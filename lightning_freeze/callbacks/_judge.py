@@ -11,14 +11,16 @@ from lightning_freeze.audit.findings import Finding, Seen, error_for
 from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.distributed import from_all_ranks, rank
 
 
 class Judge:
     """Adds to one fit's record what is new."""
 
-    def __init__(self, record: Record, on_violation: str) -> None:
+    def __init__(self, record: Record, papers: Papers, on_violation: str) -> None:
         self._record = record
+        self._papers = papers
         self._raises = on_violation == "raise"
 
     def hear(
@@ -38,6 +40,10 @@ class Judge:
         mine = _stamped(trainer, seen)
         new = self._keep(trainer, run, [mine] if alone else from_all_ranks(mine))
         if new and self._raises:
+            # not in `on_exception` alone: processes that a launcher started never get there
+            self._papers.write(trainer, run)
+            if not alone:
+                from_all_ranks(None)  # the first to raise ends the others, also while they write
             raise error_for(new)
         return new
 

@@ -45,6 +45,7 @@ class Session:
         plan: what holds now.
         stages: callback -> number of its stage.
         managed: whether any callback freezes; without one, nothing is changed.
+        fresh: names of what was re-initialised before the fit.
         tied: name of a tensor -> its other names, in `setup`.
         listeners: called before and after each change, as `listener(session, "before")`.
     """
@@ -57,6 +58,7 @@ class Session:
         self.plan = FreezePlan()
         self.schedules: dict[Any, UnfreezeSchedule] = {}
         self.stages: dict[Any, int] = {}
+        self.fresh: frozenset[str] = frozenset()
         self.tied: dict[str, tuple[str, ...]] = {}
         self.groups: optimizers.OptimizerGroups | None = None
         self.applier: apply.Applier | None = None

@@ -132,3 +132,6 @@ class ReinitTopLayers(Callback):
             drawn = int(torch.randint(0, 2**31, ()).item())
         seed = int(trainer.strategy.broadcast(drawn))
         reinit_names(index, names, init=self.init, seed=seed)
+        session = _session.session_of(trainer)
+        if session is not None:
+            session.fresh |= frozenset(names)

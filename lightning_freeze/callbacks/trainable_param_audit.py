@@ -26,6 +26,7 @@ from lightning_freeze.callbacks._chronicle import Chronicle
 from lightning_freeze.callbacks._freezing import saved_state, start
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
+from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError, ResumeError
 from lightning_freeze.report import groups_or_children
@@ -99,9 +100,11 @@ class TrainableParamAudit(Callback):
             )
         self.table = table
         self.log_metrics = log_metrics
-        self.report = None if report is None else Path(report)
+        self.report = None if report is None else Path(report).expanduser()
         self.dead_after = whole(dead_after, "dead_after", least=1)
-        self.certificate = certificate if isinstance(certificate, bool) else Path(certificate)
+        self.certificate: Union[bool, Path] = (
+            certificate if isinstance(certificate, bool) else Path(certificate).expanduser()
+        )
         self._reset()
 
     @property
@@ -111,14 +114,9 @@ class TrainableParamAudit(Callback):
 
     def _reset(self) -> None:
         self._record = Record()
-        self._judge = Judge(self._record, self.on_violation)
-        self._chronicle = Chronicle(
-            self._record,
-            table=self.table,
-            log_metrics=self.log_metrics,
-            report=self.report,
-            certificate=self.certificate,
-        )
+        self._papers = Papers(self._record, self.report, self.certificate)
+        self._judge = Judge(self._record, self._papers, self.on_violation)
+        self._chronicle = Chronicle(self._record, table=self.table, log_metrics=self.log_metrics)
         self._session: _session.Session | None = None
         self._run: AuditRun | None = None
         self._declared = Declared(frozenset())
@@ -155,6 +153,7 @@ class TrainableParamAudit(Callback):
         """Begin a new record."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset()
+            self._papers.check(trainer)
             self._session = _session.enter(trainer, pl_module, self)
 
     def on_load_checkpoint(
@@ -165,6 +164,10 @@ class TrainableParamAudit(Callback):
             self._check_freezing(trainer, checkpoint)
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
+            if self._resumed is not None:
+                told = self._resumed.certificate.findings
+                self._record.findings = [Finding.from_dict(finding) for finding in told]
+                self._record.fresh = self._resumed.fresh
             self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
             self._record.checks = state.get("checks", 0)
 
@@ -203,7 +206,7 @@ class TrainableParamAudit(Callback):
         if self._run is None or self._ended:
             return
         self._run.look(looks.SAVED, self._now(trainer))
-        self._chronicle.certify(trainer, self._run)
+        self._papers.certify(trainer, self._run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""
@@ -213,6 +216,7 @@ class TrainableParamAudit(Callback):
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
         self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
+        self._record.fresh |= session.fresh
         self._wrapped = session.wrapped_with
         parameters = session.index.parameters.values()
         if trainer.ckpt_path is None and not any(is_lazy(p) for p in parameters):
@@ -413,7 +417,7 @@ class TrainableParamAudit(Callback):
         self._hooks = {}
         if self._run is not None:
             self._run.stop()
-            self._chronicle.write(trainer, self._run)
+            self._papers.write(trainer, self._run)
 
     # what was found
 
