@@ -3,6 +3,7 @@
 #   make demo     fine-tune real weights on real sentences, in stages (ARGS="--seed 1" for options)
 #   make test     all that CI checks: style, types, tests, and the wheel in a clean environment
 #   make quick    only the tests that take seconds
+#   make catalogue  the known ways in which freezing fails, and what becomes of each here
 #   make clean    remove the environments and all that was built
 #
 #   PYTHON=python3.12        the Python to set up with; if it has torch already, that one is used
@@ -19,7 +20,7 @@ DEMO := .venv/demo/bin/python
 TEST := .venv/test/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick check wheel clean
+.PHONY: help demo test quick catalogue check wheel clean
 .NOTPARALLEL:
 
 help:
@@ -34,6 +35,9 @@ test: check
 
 quick: .venv/test/ready
 	$(TEST) -m pytest -m "not slow"
+
+catalogue: .venv/test/ready
+	$(TEST) -m tests.catalogue $(ARGS)
 
 check: .venv/test/ready
 	$(TEST) -m ruff check .
