@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -221,8 +221,12 @@ def _in_checkpoint(path: Path, where: str) -> Certificate:
             f"{where} holds {len(read)} certificates that contradict each other. Name the "
             "certificate's own file instead."
         )
-    # of several audits of one run, one that found something decides
-    return min(read, key=lambda c: c.clean) if read else _inside(None, f"the checkpoint {where}")
+    if not read:
+        return _inside(None, f"the checkpoint {where}")
+    # several audits of one run: what any of them found counts
+    findings = [finding for certificate in read for finding in certificate.findings]
+    once = [finding for place, finding in enumerate(findings) if finding not in findings[:place]]
+    return replace(read[0], findings=tuple(once))
 
 
 def _inside(content: Any, where: str) -> Certificate:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_freeze.errors import ArgumentError, FreezeError
 
@@ -32,7 +32,10 @@ that `save_pretrained` wrote. Nothing in a file is executed. Names may begin dif
 """
 _STATUS = """\
 exit status: 0 if it is as it has to be, 1 if anything changed, 2 if it couldn't be verified
-(a wrong argument, a file that can't be read or is refused, a different model).
+(a wrong argument, a file that can't be read or is refused, a different model, a certified tensor
+that CHECKPOINT doesn't hold). What a run found by itself ends with 1 if it is about weights:
+{codes}.
+Anything else that a certificate records, such as no-gradient, is printed and doesn't count.
 """
 
 
@@ -51,19 +54,16 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as end:  # argparse's way to say that it has said all
         return end.code if isinstance(end.code, int) else WRONG
     except (FreezeError, OSError) as error:
-        print(f"lightning-freeze: {error}", file=sys.stderr)
+        _complain(str(error))
         return WRONG
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         # a traceback would end with status 1, which says that weights changed
-        print(
-            f"lightning-freeze: unexpected {type(error).__name__}: {error}. Please report it.",
-            file=sys.stderr,
-        )
+        _complain(f"unexpected {type(error).__name__}: {error}. Please report it.")
         return WRONG
     said = _say(found.to_text(tensors=arguments.verify.tensors))
-    return WRONG if not said else 0 if found.ok else 1
+    return found.status if said else WRONG
 
 
 def _parser() -> ArgumentParser:
@@ -72,6 +72,7 @@ def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
     from lightning_freeze import __version__
+    from lightning_freeze.verify.certified import ABOUT_WEIGHTS
 
     class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         """Descriptions as they are written, and no "(default: null)"."""
@@ -85,7 +86,7 @@ def _parser() -> ArgumentParser:
     verify = ArgumentParser(
         usage="lightning-freeze verify BASE [CHECKPOINT] [options]",
         description=_VERIFY,
-        epilog=_STATUS,
+        epilog=_STATUS.format(codes=", ".join(sorted(ABOUT_WEIGHTS))),
         formatter_class=Help,
     )
     verify.add_argument(
@@ -136,6 +137,7 @@ def _verify(arguments: Any) -> Any:
 
 def _spare(target: str, inputs: list[str | None]) -> None:
     """Keep the result from being written over what it is about."""
+    target = os.path.expanduser(target)
     if Path(target).is_dir():
         raise ArgumentError(f"`--json {target}` is a folder. Name a file to write.")
     for path in inputs:
@@ -156,9 +158,25 @@ def _say(text: str) -> bool:
     try:
         print(text, flush=True)
     except OSError as error:
-        # or Python would try once more, and complain, when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up(sys.stdout)
         if not isinstance(error, BrokenPipeError):
-            print(f"lightning-freeze: the result can't be printed: {error}", file=sys.stderr)
+            _complain(f"the result can't be printed: {error}")
             return False
     return True
+
+
+def _complain(text: str) -> None:
+    """Print to stderr, if that is there and can be written to: the exit status says it as well."""
+    from lightning_freeze.verify.spelling import printable_lines
+
+    if sys.stderr is None:  # or it would go to stdout
+        return
+    try:
+        print(f"lightning-freeze: {printable_lines(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let go of what can't be printed, or Python would try once more, and complain, at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -4,6 +4,7 @@ import ast
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,9 +182,13 @@ def test_a_certificate_is_read_from_its_file_a_report_or_a_checkpoint(tmp_path: 
     assert read_certificate(save(tmp_path / "run.ckpt", state)) == WHOLE
 
 
-def test_of_two_audits_of_one_run_the_one_with_a_finding_decides(tmp_path: Path) -> None:
-    states = {str(i): {"certificate": c.to_dict()} for i, c in enumerate([WHOLE, UNCLEAN])}
-    assert read_certificate(save(tmp_path / "x.ckpt", {"callbacks": states})) == UNCLEAN
+def test_of_several_audits_of_one_run_what_any_of_them_found_counts(tmp_path: Path) -> None:
+    other = replace(UNCLEAN, findings=({"code": "no-gradient"},))
+    states = {
+        str(i): {"certificate": c.to_dict()} for i, c in enumerate([WHOLE, other, UNCLEAN, other])
+    }
+    read = read_certificate(save(tmp_path / "x.ckpt", {"callbacks": states}))
+    assert read == replace(WHOLE, findings=(*other.findings, *UNCLEAN.findings))
 
 
 def test_certificates_that_contradict_each_other_are_an_error(tmp_path: Path) -> None:

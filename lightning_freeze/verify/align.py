@@ -2,48 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_freeze.errors import VerifyError
-from lightning_freeze.names import clean, some
+from lightning_freeze.names import some
 from lightning_freeze.verify.groups import stacks
+from lightning_freeze.verify.spelling import unadapted
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Pair = tuple[str, str]
 
-# a second place with this share of the best one's tensors is as good a guess
+# what messages call the left side where it isn't BASE
+CERTIFICATE = "the certificate"
+
+# a second place with this share of the best one's tensors is as good a guess, however it overlaps
 _AS_GOOD = 0.9
+# components that a prefix may have
+_DEEPEST = 32
 
 
-def tidy(names: Iterable[str]) -> dict[str, str]:
-    """Raw name -> name without the components that wrappers put into it.
-
-    `module` is such a component where it is all that its parent holds, as DDP leaves it.
-
-    >>> tidy(["module.fc.weight", "module._orig_mod.conv.weight"])
-    {'module.fc.weight': 'fc.weight', 'module._orig_mod.conv.weight': 'conv.weight'}
-    """
-    raw = list(names)
-    short = {name: clean(name) for name in raw}
-    below: dict[str, set[str]] = {}
-    for name in short.values():
-        parts = name.split(".")
-        for depth, part in enumerate(parts):
-            below.setdefault(".".join(parts[:depth]), set()).add(part)
-    for name, cleaned in short.items():
-        parts = cleaned.split(".")
-        kept = [
-            part
-            for depth, part in enumerate(parts)
-            if part != "module"
-            or depth == len(parts) - 1
-            or below[".".join(parts[:depth])] != {"module"}
-        ]
-        short[name] = ".".join(kept)
-    # two names that become one stay as they are
-    unique = len(set(short.values())) == len(raw)
-    return short if unique else {name: name for name in raw}
+class SeveralPlacesError(VerifyError):
+    """One side stands at several places of the other."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +63,39 @@ def align(
         >>> found.left, found.right, found.names
         ('', 'model.', {'bert.w': 'model.bert.w'})
     """
+    ours, theirs = unadapted(left, right)
+    found = _align(
+        {ours[name]: shape for name, shape in left.items()},
+        {theirs[name]: shape for name, shape in right.items()},
+        prefix,
+        sides,
+    )
+    raw = {short: name for name, short in theirs.items()}
+    names = {name: found.names[ours[name]] for name in left}
+    return Alignment(found.left, found.right, {n: raw.get(new, new) for n, new in names.items()})
+
+
+def _align(left: Shapes, right: Shapes, prefix: str | None, sides: tuple[str, str]) -> Alignment:
     need = (min(len(left), len(right)) + 1) // 2
     forced = None if prefix is None else _forced(prefix, left, right, sides)
     scores = _scores(left, right, need, forced)
+    most = max(scores.values(), default=0)
+    if sides[0] == CERTIFICATE and forced is None:
+        # a few names such as `weight` fit anywhere; what was saved without the rest isn't accused
+        scores = {p: n for p, n in scores.items() if p[0] == p[1] or 2 * n >= len(left)}
     best = max(scores.values(), default=0)
     if best < need:
-        raise VerifyError(_other_model(left, right, best, need, forced, sides))
-    good = [pair for pair in scores if scores[pair] >= _AS_GOOD * best]
+        raise VerifyError(_other_model(left, right, most, need, forced, sides))
+    good = [pair for pair in scores if scores[pair] >= need]
     good = [pair for pair in good if not any(_within(pair, one, scores) for one in good)]
+    top = max(good, key=lambda pair: scores[pair])
+    good = [
+        pair for pair in good if scores[pair] >= _AS_GOOD * best or _apart(pair, top, left, right)
+    ]
     if forced is not None:
         good = [(at, to) for at, to in good if at == to] or good
     if len(good) > 1:
-        raise VerifyError(_several_places(good, scores, sides))
+        raise SeveralPlacesError(_several_places(good, scores, sides))
     at, to = good[0]
     names = {name: to + name[len(at) :] if name.startswith(at) else name for name in left}
     if len(set(names.values())) < len(names):
@@ -141,7 +142,9 @@ def _prefixes(names: Shapes, need: int) -> list[str]:
     counts: dict[str, int] = {"": len(names)}
     for name in names:
         end = name.find(".")
-        while end >= 0:
+        for _ in range(_DEEPEST):
+            if end < 0:
+                break
             counts[name[: end + 1]] = counts.get(name[: end + 1], 0) + 1
             end = name.find(".", end + 1)
     return [prefix for prefix, count in counts.items() if count >= need]
@@ -151,17 +154,34 @@ def _scores(
     left: Shapes, right: Shapes, need: int, forced: str | None, shapes: bool = True
 ) -> dict[_Pair, int]:
     """Pairs of prefixes -> how many names fit under them."""
-    scores: dict[_Pair, int] = {}
     places = _prefixes(right, need)
-    for at in _prefixes(left, need):
-        below = {name[len(at) :]: shape for name, shape in left.items() if name.startswith(at)}
-        for to in places:
-            if forced is None or forced in (at, to):
-                scores[at, to] = sum(
-                    right.get(to + rest) == shape if shapes else to + rest in right
-                    for rest, shape in below.items()
-                )
-    return scores
+    return {
+        (at, to): len(_fitting((at, to), left, right, shapes))
+        for at in _prefixes(left, need)
+        for to in places
+        if forced is None or forced in (at, to)
+    }
+
+
+def _fitting(pair: _Pair, left: Shapes, right: Shapes, shapes: bool = True) -> list[str]:
+    """What follows the prefixes in the names that fit."""
+    at, to = pair
+    return [
+        name[len(at) :]
+        for name, shape in left.items()
+        if name.startswith(at)
+        and (twin := right.get(to + name[len(at) :])) is not None
+        and (twin == shape or not shapes)
+    ]
+
+
+def _apart(one: _Pair, two: _Pair, left: Shapes, right: Shapes) -> bool:
+    """Whether two pairs fit different tensors of a side: of two copies, either may be meant."""
+    rests = [_fitting(pair, left, right) for pair in (one, two)]
+    return any(
+        {one[side] + rest for rest in rests[0]}.isdisjoint(two[side] + rest for rest in rests[1])
+        for side in (0, 1)
+    )
 
 
 def _within(pair: _Pair, other: _Pair, scores: Mapping[_Pair, int]) -> bool:
@@ -171,7 +191,8 @@ def _within(pair: _Pair, other: _Pair, scores: Mapping[_Pair, int]) -> bool:
 
 
 def _forced(prefix: str, left: Shapes, right: Shapes, sides: tuple[str, str]) -> str:
-    forced = f"{prefix.strip('.')}." if prefix.strip(".") else ""
+    (bare,) = unadapted([prefix.strip(".")])
+    forced = "".join(f"{part}." for part in bare.values() if part)
     if not any(name.startswith(forced) for name in (*left, *right)):
         there = dict.fromkeys(name.partition(".")[0] for name in (*right, *left))
         raise VerifyError(
@@ -184,12 +205,13 @@ def _forced(prefix: str, left: Shapes, right: Shapes, sides: tuple[str, str]) ->
 def _several_places(good: list[_Pair], scores: Mapping[_Pair, int], sides: tuple[str, str]) -> str:
     side = 0 if len({at for at, _ in good}) > 1 else 1
     places = {pair[side]: scores[pair] for pair in good}
-    listed = " and ".join(
-        f"under `{place}` ({count} tensors)" if place else f"as it is ({count} tensors)"
+    told = [
+        f"{f'under `{place}`' if place else 'as it is'} ({_tensors(count, 'tensor')})"
         for place, count in places.items()
-    )
+    ]
+    listed = " and ".join(told) if len(told) < 4 else some(told)
     first = next(iter(places)).rstrip(".") or '""'
-    return (
+    return _sentence(
         f"{sides[1 - side]} stands at several places of {sides[side]}: {listed}. Say which one you "
         f"mean: `--prefix {first}`."
     )
@@ -203,26 +225,50 @@ def _other_model(
     forced: str | None,
     sides: tuple[str, str],
 ) -> str:
-    one, two = sides[0], sides[1]
-    same = "none" if not best else f"only {best}"
-    text = (
-        f"{one} and {two} are different models: {same} of the {min(len(left), len(right))} tensors "
-        "of the smaller one stand in the other with the same name and shape."
-    )
+    one, two = sides
     by_name = _scores(left, right, need, forced, shapes=False)
-    if by_name and max(by_name.values()) >= need:
-        at, to = max(by_name, key=lambda pair: by_name[pair])
-        for name, shape in left.items():
-            twin = to + name[len(at) :]
-            if name.startswith(at) and twin in right and right[twin] != shape:
-                return (
-                    f"{text} The names fit, but not the shapes: `{twin}` is {_size(shape)} in "
-                    f"{one} and {_size(right[twin])} in {two}, a model of another size."
-                )
-    return (
-        f"{text} The names differ: {one} has {some([f'`{n}`' for n in left], most=2)}; {two} has "
-        f"{some([f'`{n}`' for n in right], most=2)}."
+    pair = max(by_name, key=lambda pair: by_name[pair], default=("", ""))
+    fit = by_name.get(pair, 0)
+    if one == CERTIFICATE and (2 * fit < len(left) or not _only_wrapped(*pair)):
+        many = f"at most {best}" if best else "none"
+        renamed = " If they have other names there, say where: `--prefix`." if best else ""
+        return _sentence(
+            f"{one} and {two} are different models, or {two} was saved without what was frozen: "
+            f"{two} has {many} of the {_tensors(len(left), 'certified tensor')}, such as "
+            f"`{next(iter(left))}`. It has {_first(right)}.{renamed}"
+        )
+    count = "none" if not best else f"only {best}"
+    text = _sentence(
+        f"{one} and {two} are different models: {count} of the "
+        f"{_tensors(min(len(left), len(right)), 'tensor')} of the smaller one "
+        f"{'stands' if best == 1 else 'stand'} in the other with the same name and shape."
     )
+    for rest in _fitting(pair, left, right, shapes=False) if fit >= need else ():
+        name, twin = pair[0] + rest, pair[1] + rest
+        if left[name] != right[twin]:
+            its = "" if _only_wrapped(name, twin) else f" (`{name}` in {one})"
+            return (
+                f"{text} The names fit, but not the shapes: `{twin}`{its} is {_size(left[name])} "
+                f"in {one} and {_size(right[twin])} in {two}, a model of another size."
+            )
+    return f"{text} The names differ: {one} has {_first(left)}; {two} has {_first(right)}."
+
+
+def _only_wrapped(one: str, two: str) -> bool:
+    """Whether a name or prefix is the other with something before it, and not in its place."""
+    return one.endswith(two) or two.endswith(one)
+
+
+def _first(names: Shapes) -> str:
+    return some([f"`{name}`" for name in names], most=2)
+
+
+def _tensors(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _size(shape: tuple[int, ...]) -> str:

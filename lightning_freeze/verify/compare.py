@@ -9,6 +9,7 @@ from torch import Tensor
 
 # elements at a time; a difference is worked out in float64
 _CHUNK = 1 << 20
+_SIGN = -(1 << 63)
 
 
 def identical(one: Tensor, two: Tensor) -> bool:
@@ -28,12 +29,33 @@ def identical(one: Tensor, two: Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def largest_difference(one: Tensor, two: Tensor) -> float:
+def converted(one: Tensor, two: Tensor) -> bool:
+    """Whether one tensor, converted to the dtype of another, is identical to that.
+
+    >>> half = torch.tensor([0.1], dtype=torch.float16)
+    >>> converted(torch.tensor([0.1]), half), converted(torch.tensor([0.2]), half)
+    (True, False)
+    """
+    kinds = [(t.is_floating_point(), t.is_complex()) for t in (one, two)]
+    if (
+        one.dtype == two.dtype
+        or one.shape != two.shape
+        or kinds[0] != kinds[1]
+        or not any(kinds[0])
+    ):
+        return False
+    try:
+        return identical(one.to(two.dtype), two)
+    except NotImplementedError:  # numbers of four bits
+        return False
+
+
+def largest_difference(one: Tensor, two: Tensor) -> float | None:
     """The largest absolute difference of two tensors of one shape.
 
     Returns:
         0.0 where only bits differ that don't change a value (-0.0 and 0.0, two kinds of NaN), NaN
-        where one has a NaN and the other a number.
+        where one has a NaN and the other a number, None where torch can't count in a dtype.
 
     Example:
         >>> largest_difference(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.5]))
@@ -42,16 +64,46 @@ def largest_difference(one: Tensor, two: Tensor) -> float:
         nan
     """
     left, right = one.reshape(-1), two.reshape(-1)
-    exact = torch.complex128 if one.is_complex() or two.is_complex() else torch.float64
+    largest = _largest_of_integers if _countable(one, two) else _largest
     worst = 0.0
     for start in range(0, left.numel(), _CHUNK):
-        a, b = (side[start : start + _CHUNK].to(exact) for side in (left, right))
-        gap = (a - b).abs()
-        gap[(a == b) | (a.isnan() & b.isnan())] = 0.0
-        if gap.isnan().any():
+        try:
+            gap = largest(*(side[start : start + _CHUNK] for side in (left, right)))
+        except NotImplementedError:
+            return None
+        if math.isnan(gap):
             return math.nan
-        worst = max(worst, float(gap.max()))
+        worst = max(worst, gap)
     return worst
+
+
+def _largest(one: Tensor, two: Tensor) -> float:
+    exact = torch.complex128 if one.is_complex() or two.is_complex() else torch.float64
+    a, b = one.to(exact), two.to(exact)
+    gap = (a - b).abs()
+    gap[(a == b) | (a.isnan() & b.isnan())] = 0.0
+    return math.nan if gap.isnan().any() else float(gap.max())
+
+
+def _countable(one: Tensor, two: Tensor) -> bool:
+    """Whether both hold integers whose differences 64 bits can hold."""
+    kinds = {one.dtype, two.dtype}
+    if any(t.is_floating_point() or t.is_complex() for t in (one, two)):
+        return False
+    return torch.uint64 not in kinds or len(kinds) == 1
+
+
+def _largest_of_integers(one: Tensor, two: Tensor) -> float:
+    """Exact, where float64 would round: 2**60 and 2**60 + 1 differ by 1."""
+    a, b = (_ordered(side) for side in (one, two))
+    # wraps around, and is right when it is read without a sign
+    gap = torch.maximum(a, b) - torch.minimum(a, b)
+    return float(int((gap ^ _SIGN).max()) - _SIGN)
+
+
+def _ordered(tensor: Tensor) -> Tensor:
+    """As int64; torch can't compare uint64, so its numbers are shifted."""
+    return tensor.view(torch.int64) ^ _SIGN if tensor.dtype == torch.uint64 else tensor.long()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

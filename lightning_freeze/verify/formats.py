@@ -6,6 +6,7 @@ import tarfile
 import zipfile
 from difflib import get_close_matches
 from pathlib import Path
+from typing import IO
 
 from lightning_freeze.errors import VerifyError
 
@@ -118,6 +119,25 @@ def is_zip(path: Path) -> bool:
         return stream.read(4) == _ZIP
 
 
+def protocol(path: Path) -> int:
+    """The pickle protocol that a file of torch was saved with, 0 where it can't be told."""
+    try:
+        with path.open("rb") as stream:
+            if not is_zip(path):
+                return _declared(stream)
+            with zipfile.ZipFile(stream) as archive:
+                names = [entry for entry in archive.namelist() if entry.endswith("/data.pkl")]
+                with archive.open(names[0]) as inside:
+                    return _declared(inside)
+    except Exception:  # a damaged archive fails in any way it likes
+        return 0
+
+
+def _declared(stream: IO[bytes]) -> int:
+    start = stream.read(2)
+    return start[1] if start[:1] == _PICKLE else 0
+
+
 def can_be_mapped(path: Path) -> bool:
     """Whether the tensors of a zip archive of torch lie in it as they are.
 
@@ -127,7 +147,7 @@ def can_be_mapped(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         raise VerifyError(
             f"`{path}` is cut off or damaged: its table of contents, which stands at its end, "
             f"can't be read ({error}). Get it again, or take an earlier checkpoint."

@@ -8,6 +8,7 @@ from typing import Any
 
 # component -> what is below it; a tensor has nothing below
 _Tree = dict[str, Any]
+_DEEPEST = 100
 
 
 def group_names(names: Iterable[str]) -> dict[str, str]:
@@ -59,7 +60,8 @@ def _tree(names: Iterable[str]) -> _Tree:
     root: _Tree = {}
     for name in names:
         node = root
-        for part in name.split("."):
+        # what is deeper than any model needs no groups, and would exhaust the stack
+        for part in name.split(".", _DEEPEST):
             node = node.setdefault(part, {})
     return root
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_freeze.errors import VerifyError
-from lightning_freeze.verify.formats import can_be_mapped, is_zip
+from lightning_freeze.verify.formats import can_be_mapped, is_zip, protocol
 
 _NAMED = re.compile(r"GLOBAL (\S+)")
+_ENVIRONMENT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+# what torch's safe reader doesn't know is of a later protocol than its own
+_UNKNOWN = "Unsupported operand"
+_PROTOCOL = 2
 
 
 def load(path: Path) -> Any:
@@ -26,11 +31,18 @@ def load(path: Path) -> Any:
     """
     mapped = is_zip(path) and can_be_mapped(path)
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings():
+            # torch warns of a pickle protocol that it then can't read
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise _refused(path, str(error)) from None
     except Exception as error:  # a damaged pickle fails in any way it likes
         first = (str(error) or type(error).__name__).splitlines()[0]
+        if _ENVIRONMENT in first:
+            raise VerifyError(
+                f"`{path}` can't be read, for torch refuses its environment: {first} Unset both."
+            ) from None
         raise VerifyError(
             f"`{path}` can't be read: it is cut off or damaged (torch says: {first}). Get it "
             "again, or take an earlier checkpoint."
@@ -38,6 +50,12 @@ def load(path: Path) -> Any:
 
 
 def _refused(path: Path, message: str) -> VerifyError:
+    if _UNKNOWN in message and (found := protocol(path)) > _PROTOCOL:
+        return VerifyError(
+            f"`{path}` was saved with pickle protocol {found}; torch reads only protocol "
+            f"{_PROTOCOL} without running code. Save it with the default: `torch.save` without "
+            "`pickle_protocol`."
+        )
     named = _NAMED.search(message)
     if named is None:
         last = message.partition("WeightsUnpickler error: ")[2].strip() or message.splitlines()[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_freeze.certificate import Certificate
-from lightning_freeze.names import some
+from lightning_freeze.verify.certified import about_weights
 from lightning_freeze.verify.weights import Spec
 
 IDENTICAL = "identical"
@@ -26,6 +26,7 @@ BROKEN = "not as certified"
 MISSING = "missing"
 NOT_BASE = "not as in BASE"
 FAILED = (BROKEN, MISSING, NOT_BASE)
+WRONG = (BROKEN, NOT_BASE)
 MARKS = (HELD, *FAILED)
 
 
@@ -43,6 +44,8 @@ class TensorResult:
         difference: the largest absolute difference, where it changed.
         certified: "as certified", "not as certified", "missing", "not as in BASE", or "" where
             the certificate says nothing of it, or there is none.
+        converted: whether it is, in another dtype, what BASE is when it is converted to that.
+        reinitialised: whether it differs from BASE as the certificate says that it does.
     """
 
     name: str
@@ -52,6 +55,15 @@ class TensorResult:
     status: str
     difference: float | None = None
     certified: str = ""
+    converted: bool = False
+    reinitialised: bool = False
+
+    @property
+    def against_base(self) -> str:
+        """The status, for a reader."""
+        if self.converted and self.checkpoint is not None:
+            return f"as BASE, converted to {self.checkpoint.dtype}"
+        return "re-initialised" if self.reinitialised else self.status
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; an infinite difference or one to a NaN is a string."""
@@ -63,6 +75,8 @@ class TensorResult:
             "status": self.status,
             "difference": plain_number(self.difference),
             "certified": self.certified or None,
+            "converted": self.converted,
+            "reinitialised": self.reinitialised,
         }
 
 
@@ -140,28 +154,38 @@ class Verification:
         return tuple(GroupResult(name, tuple(tensors)) for name, tensors in found.items())
 
     @property
-    def ok(self) -> bool:
-        """Whether all is as it has to be.
+    def status(self) -> int:
+        """The exit status: 0 if all is as it has to be, 1 if not, 2 if some can't be verified.
 
-        With a certificate: every certified tensor is as certified, and the run found nothing.
-        Without: every tensor that both files have is identical.
+        With a certificate: 1 if a certified tensor isn't as certified, or if the run itself found
+        weights that weren't as they had to be; else 2 if CHECKPOINT doesn't hold a certified
+        tensor. Without: 1 if a tensor that both files have isn't identical.
         """
-        if self.certificate is not None:
-            return self.certificate.clean and not any(t.certified in FAILED for t in self.tensors)
-        return not any(t.status in UNLIKE for t in self.tensors)
+        if self.certificate is None:
+            return int(any(t.status in UNLIKE for t in self.tensors))
+        marks = {t.certified for t in self.tensors}
+        if about_weights(self.certificate) or not marks.isdisjoint(WRONG):
+            return 1
+        return 2 if MISSING in marks else 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is as it has to be."""
+        return self.status == 0
 
     @property
     def verdict(self) -> str:
         """The result in one sentence."""
-        if self.certificate is not None:
-            return _certified_verdict(self, self.certificate)
-        return _pair_verdict(self)
+        from lightning_freeze.verify.verdict import verdict
+
+        return verdict(self)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, ready for JSON."""
         return {
             "format": 1,
             "ok": self.ok,
+            "status": self.status,
             "verdict": self.verdict,
             "base": None if self.base is None else vars(self.base),
             "checkpoint": vars(self.checkpoint),
@@ -230,47 +254,10 @@ def _plain(spec: Spec | None) -> dict[str, Any] | None:
     return None if spec is None else {"dtype": spec.dtype, "shape": list(spec.shape)}
 
 
-def _tensors(count: int) -> str:
-    return "1 tensor" if count == 1 else f"{count} tensors"
+def tensors(count: int, what: str = "tensor") -> str:
+    """A number of them, in words.
 
-
-def _where(tensors: Sequence[TensorResult]) -> str:
-    """How many, in which groups, and the largest difference."""
-    groups = list(dict.fromkeys(t.group for t in tensors))
-    text = f"{_tensors(len(tensors))} in {some(groups)}"
-    difference = worst(tensors)
-    return f"{text} (largest difference {difference})" if difference else text
-
-
-def _parts(states: Iterable[str], among: Sequence[TensorResult], but: str = "") -> list[str]:
-    picked = {s: [t for t in among if s in (t.status, t.certified)] for s in states}
-    return [f"{state}{but}: {_where(tensors)}" for state, tensors in picked.items() if tensors]
-
-
-def _share(some_of: int, whole: int) -> str:
-    return f"all {whole}" if some_of == whole else f"{some_of} of {whole}"
-
-
-def _pair_verdict(found: Verification) -> str:
-    both = [t for t in found.tensors if t.base and t.checkpoint]
-    same = sum(t.status == IDENTICAL for t in both)
-    parts = [f"identical: {_share(same, len(both))} tensors that both have"]
-    parts += _parts((*UNLIKE, ONLY_BASE, ONLY_CHECKPOINT), found.tensors)
-    return "; ".join(parts) + "."
-
-
-def _certified_verdict(found: Verification, certificate: Certificate) -> str:
-    ours = [t for t in found.tensors if t.certified]
-    free = [t for t in found.tensors if not t.certified]
-    held = sum(t.certified == HELD for t in ours)
-    as_certified = f"as certified: {_share(held, len(ours))} frozen tensors"
-    if found.base is not None:
-        as_base = sum(t.certified == HELD and t.status == IDENTICAL for t in ours)
-        as_certified += f", {as_base} of them identical to BASE"
-    parts = [*_parts(FAILED, ours), as_certified, *_parts(UNLIKE, free, but=", but not frozen")]
-    if certificate.findings:
-        codes = some(sorted({str(f.get("code", "?")) for f in certificate.findings}))
-        many = len(certificate.findings)
-        what = "1 finding" if many == 1 else f"{many} findings"
-        parts.insert(0, f"not clean: the certificate itself records {what} ({codes})")
-    return "; ".join(parts) + "."
+    >>> tensors(1), tensors(2, "frozen tensor")
+    ('1 tensor', '2 frozen tensors')
+    """
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"

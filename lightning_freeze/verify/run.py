@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Union
 
-from lightning_freeze.certificate import Certificate, Certified, read_certificate
-from lightning_freeze.errors import ArgumentError, VerifyError
+from lightning_freeze.certificate import Certified, read_certificate
+from lightning_freeze.errors import ArgumentError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import some
-from lightning_freeze.verify.align import Alignment, Shapes, align, check_stacks, tidy
-from lightning_freeze.verify.compare import identical, largest_difference
+from lightning_freeze.verify.align import Alignment, align, check_stacks
+from lightning_freeze.verify.certified import Promises, findings, promises
+from lightning_freeze.verify.compare import converted, identical, largest_difference
 from lightning_freeze.verify.groups import group_names, in_natural_order
 from lightning_freeze.verify.result import (
     BROKEN,
@@ -25,10 +26,12 @@ from lightning_freeze.verify.result import (
     ONLY_CHECKPOINT,
     OTHER_DTYPE,
     OTHER_SHAPE,
+    UNLIKE,
     Side,
     TensorResult,
     Verification,
 )
+from lightning_freeze.verify.spelling import printable
 from lightning_freeze.verify.weights import Weights, open_weights
 
 _File = Union[str, Path]
@@ -83,10 +86,10 @@ class _Run:
             self.base_at = align(left, right, prefix)
             check_stacks(self.base_at, left, right)
             self.in_base = {new: old for old, new in self.base_at.names.items()}
-        self.certified: dict[str, Certified] = {}
-        self.certificate_at: Alignment | None = None
+        self.promises = Promises("", {}, {})
         if self.certificate is not None:
-            self.certificate_at, self.certified = _place(self.certificate, right, prefix)
+            self.promises = promises(self.certificate, right, prefix)
+        self.fits: dict[str, bool] = {}
 
     def result(self) -> Verification:
         """Compare all, one tensor after the other."""
@@ -105,7 +108,7 @@ class _Run:
     def _names(self) -> list[str]:
         """All names, in the order of whichever file has that of the model."""
         ours, theirs = list(self.checkpoint.specs), list(self.in_base)
-        certified = list(self.certified)
+        certified = list(self.promises.entries)
         if self.checkpoint.in_model_order:
             return list(dict.fromkeys([*ours, *theirs, *certified]))
         if self.base is not None and self.base.in_model_order:
@@ -116,36 +119,52 @@ class _Run:
         old = self.in_base.get(name)
         before = self.base.specs[old] if self.base and old is not None else None
         after = self.checkpoint.specs.get(name)
-        status, difference = NOT_COMPARED, None
-        if self.base is not None:
-            status = ONLY_CHECKPOINT if before is None else ONLY_BASE
-            if before is not None and after is not None and old is not None:
-                status, difference = _compare(self.base, old, self.checkpoint, name)
-            elif before is None and after is None:
-                status = NOT_COMPARED
-        certified = self._certified(name, status) if name in self.certified else ""
-        return TensorResult(name, group, before, after, status, difference, certified)
+        result = TensorResult(name, group, before, after, NOT_COMPARED)
+        if self.base is not None and old is not None and before and after:
+            result = _compare(result, self.base, old, self.checkpoint)
+        elif before or (after and self.base):
+            result = replace(result, status=ONLY_BASE if before else ONLY_CHECKPOINT)
+        if name in self.promises.entries:
+            return self._certified(result, self.promises.entries[name])
+        return result
 
-    def _certified(self, name: str, status: str) -> str:
-        promise = self.certified[name]
-        spec = self.checkpoint.specs.get(name)
-        if spec is None:
-            return MISSING
-        if (spec.dtype, spec.shape) != (promise.dtype, promise.shape):
-            return BROKEN
-        if fingerprint(self.checkpoint.load(name)) != promise.fingerprint:
-            return BROKEN
-        from_the_start = promise.step == 0 and name in self.in_base
-        return NOT_BASE if from_the_start and status != IDENTICAL else HELD
+    def _certified(self, result: TensorResult, promise: Certified) -> TensorResult:
+        if result.checkpoint is None:
+            # one name of a tied tensor is enough: safetensors keeps no more
+            others = self.promises.tied.get(result.name, ())
+            held = any(self._fits(name) for name in others)
+            return replace(result, certified=HELD if held else MISSING)
+        if not self._fits(result.name):
+            return replace(result, certified=BROKEN)
+        renewed = promise.reinitialised and result.status in UNLIKE
+        as_base = result.status == IDENTICAL or result.converted or renewed
+        from_the_start = promise.step == 0 and result.base is not None
+        mark = NOT_BASE if from_the_start and not as_base else HELD
+        return replace(result, certified=mark, reinitialised=renewed)
+
+    def _fits(self, name: str) -> bool:
+        """Whether CHECKPOINT has a tensor, and it is as certified."""
+        if name not in self.fits:
+            promise, spec = self.promises.entries[name], self.checkpoint.specs.get(name)
+            self.fits[name] = (
+                spec is not None
+                and (spec.dtype, spec.shape) == (promise.dtype, promise.shape)
+                and fingerprint(self.checkpoint.load(name)) == promise.fingerprint
+            )
+        return self.fits[name]
 
     def _certificate_side(self) -> Side | None:
-        if self.certificate is None or self.certificate_at is None:
+        if self.certificate is None:
             return None
-        kind = f"made {self.certificate.created}"
-        left = self.certificate_at.left
-        return Side(self.certificate_path, kind, len(self.certificate.frozen), left)
+        kind = f"made {printable(self.certificate.created)}"
+        frozen = len(self.certificate.frozen)
+        return Side(self.certificate_path, kind, frozen, self.promises.left)
 
     def _notes(self) -> list[str]:
+        found = [] if self.certificate is None else findings(self.certificate)
+        return [*self._ties(), *found]
+
+    def _ties(self) -> list[str]:
         """Why a name may be missing: safetensors keeps a tied tensor under one of its names."""
         if self.base is None or self.base_at is None:
             return []
@@ -161,37 +180,18 @@ class _Run:
         ]
 
 
-def _compare(base: Weights, old: str, checkpoint: Weights, name: str) -> tuple[str, float | None]:
-    before, after = base.specs[old], checkpoint.specs[name]
-    if before.shape != after.shape:
-        return OTHER_SHAPE, None
-    one, two = base.load(old), checkpoint.load(name)
+def _compare(result: TensorResult, base: Weights, old: str, checkpoint: Weights) -> TensorResult:
+    if base.specs[old].shape != checkpoint.specs[result.name].shape:
+        return replace(result, status=OTHER_SHAPE)
+    one, two = base.load(old), checkpoint.load(result.name)
     if identical(one, two):
-        return IDENTICAL, None
-    return CHANGED if before.dtype == after.dtype else OTHER_DTYPE, largest_difference(one, two)
-
-
-def _place(
-    certificate: Certificate, right: Shapes, prefix: str | None
-) -> tuple[Alignment, dict[str, Certified]]:
-    """What a certificate says, by the names of CHECKPOINT."""
-    if not certificate.frozen:
-        raise VerifyError(
-            "The certificate certifies no tensor: nothing was frozen when it was written. Compare "
-            "with the weights that the run began with instead: `verify BASE CHECKPOINT`."
-        )
-    short = tidy(certificate.frozen)
-    frozen: Mapping[str, Certified] = {short[n]: entry for n, entry in certificate.frozen.items()}
-    shapes = {name: entry.shape for name, entry in frozen.items()}
-    sides = ("The certificate", "CHECKPOINT")
-    try:
-        found = align(shapes, right, None, sides)
-    except VerifyError:
-        # a prefix says where BASE stands; here it only decides what is open
-        if prefix is None:
-            raise
-        found = align(shapes, right, prefix, sides)
-    return found, {found.names[name]: entry for name, entry in frozen.items()}
+        return replace(result, status=IDENTICAL)
+    return replace(
+        result,
+        status=CHANGED if one.dtype == two.dtype else OTHER_DTYPE,
+        difference=largest_difference(one, two),
+        converted=converted(one, two),
+    )
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lightning_freeze.report import to_text
@@ -15,8 +15,10 @@ from lightning_freeze.verify.result import (
     GroupResult,
     Side,
     TensorResult,
+    tensors,
     worst,
 )
+from lightning_freeze.verify.spelling import printable_lines
 
 if TYPE_CHECKING:
     from lightning_freeze.verify.result import Verification
@@ -25,12 +27,12 @@ if TYPE_CHECKING:
 _WIDTH = 160
 
 
-def render(found: Verification, tensors: bool) -> str:
+def render(found: Verification, every: bool) -> str:
     """The table, what it was made of above it, notes and verdict below it."""
     parts = [*_head(found), _by_group(found)]
-    if tensors:
+    if every:
         parts.append(_by_tensor(found))
-    return "\n".join([*parts, *found.notes, found.verdict])
+    return printable_lines("\n".join([*parts, *found.notes, found.verdict]))
 
 
 def _head(found: Verification) -> list[str]:
@@ -46,7 +48,7 @@ def _head(found: Verification) -> list[str]:
 
 def _side(label: str, side: Side) -> str:
     prefix = f", names under `{side.prefix}`" if side.prefix else ""
-    return f"{label:<12}{side.path} ({side.kind}, {side.tensors} tensors{prefix})"
+    return f"{label:<12}{side.path} ({side.kind}, {tensors(side.tensors)}{prefix})"
 
 
 def _by_group(found: Verification) -> str:
@@ -65,20 +67,25 @@ def _by_group(found: Verification) -> str:
         if found.certificate is not None:
             cells.append(_frozen(group))
         if found.base is not None:
-            cells += [_states(group, STATES), worst(group.tensors)]
+            cells += [_against_base(group), worst(group.tensors)]
         table.add_row(*cells)
     return to_text(table, _WIDTH)
 
 
-def _states(group: GroupResult, states: Sequence[str]) -> str:
-    found = group.counts(states)
-    if len(found) == 1 and len(group.tensors) in found.values():
+def _against_base(group: GroupResult) -> str:
+    listed = [t for state in STATES for t in group.tensors if t.status == state]
+    words = [tensor.against_base for tensor in listed]
+    return _counts({text: words.count(text) for text in words}, len(group.tensors))
+
+
+def _counts(found: Mapping[str, int], whole: int) -> str:
+    if len(found) == 1 and whole in found.values():
         return next(iter(found))
-    return ", ".join(f"{count} {state}" for state, count in found.items()) or "-"
+    return ", ".join(f"{count} {words}" for words, count in found.items()) or "-"
 
 
 def _frozen(group: GroupResult) -> str:
-    marks = _states(group, MARKS)
+    marks = _counts(group.counts(MARKS), len(group.tensors))
     free = sum(not tensor.certified for tensor in group.tensors)
     if free == len(group.tensors):
         return "not frozen"
@@ -110,5 +117,5 @@ def _by_tensor(found: Verification) -> str:
 
 def _detail(tensor: TensorResult) -> str:
     if tensor.status in UNLIKE and tensor.status != CHANGED:
-        return f"{tensor.status}: {tensor.base}, now {tensor.checkpoint}"
-    return tensor.status if tensor.status in STATES else "-"
+        return f"{tensor.against_base}: {tensor.base}, now {tensor.checkpoint}"
+    return tensor.against_base if tensor.status in STATES else "-"

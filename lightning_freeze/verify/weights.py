@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_freeze.errors import VerifyError
 from lightning_freeze.names import some
 from lightning_freeze.verify import pickles
-from lightning_freeze.verify.align import tidy
+from lightning_freeze.verify.content import tensors_of
 from lightning_freeze.verify.formats import SAFETENSORS, exists, readable, regular
+from lightning_freeze.verify.spelling import printable, tidy
 
 _DTYPES = {
     "F64": "float64",
@@ -26,6 +27,9 @@ _DTYPES = {
     "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
     "C64": "complex64",
     "I64": "int64",
     "I32": "int32",
@@ -37,8 +41,6 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-# where training loops put the weights beside the rest
-_NESTED = ("state_dict", "model_state_dict", "model")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
 _PLAIN = re.compile(r"[^./\\][^/\\]*")
@@ -85,9 +87,7 @@ class Weights:
             tensor = self._read[name]().detach()
         except Exception as error:
             raise VerifyError(f"`{name}` in `{self.path}` can't be read: {error}") from error
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-            what = "is quantized" if tensor.is_quantized else f"has the layout {tensor.layout}"
-            what = "has no bytes (meta device)" if tensor.device.type == "meta" else what
+        if what := _odd(tensor):
             raise VerifyError(
                 f"`{name}` in `{self.path}` {what}; only dense tensors can be compared."
             )
@@ -144,7 +144,7 @@ def _safetensors(path: Path) -> _Part:
         for name in file.keys():  # noqa: SIM118 - it isn't a dict
             entry = file.get_slice(name)
             dtype = entry.get_dtype()
-            specs[name] = Spec(_DTYPES.get(dtype, dtype.lower()), tuple(entry.get_shape()))
+            specs[name] = _stored(dtype, tuple(entry.get_shape()))
     except (SafetensorError, OSError) as error:
         raise VerifyError(
             f"`{path}` is no whole safetensors file: it is cut off or damaged ({error}). Get it "
@@ -154,17 +154,26 @@ def _safetensors(path: Path) -> _Part:
     return _Part("safetensors", specs, {name: partial(file.get_tensor, name) for name in specs})
 
 
+def _stored(dtype: str, shape: tuple[int, ...]) -> Spec:
+    """What a tensor of a safetensors file becomes; torch counts numbers of four bits in pairs."""
+    if dtype == "F4" and shape:
+        return Spec("float4_e2m1fn_x2", (*shape[:-1], shape[-1] // 2))
+    return Spec(_DTYPES.get(dtype, dtype.lower()), shape)
+
+
 def _torch(path: Path) -> _Part:
     content = pickles.load(path)
-    kind, tensors = _tensors_of(content, path)
+    kind, tensors = tensors_of(content, path)
     specs: dict[str, Spec] = {}
     tied: dict[str, str] = {}
     seen: dict[object, str] = {}
     read: dict[str, Callable[[], Tensor]] = {}
     for name, tensor in tensors.items():
-        specs[name] = Spec(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        # a nested tensor has no shape to ask for
+        shape = () if tensor.is_nested else tuple(tensor.shape)
+        specs[name] = Spec(str(tensor.dtype).removeprefix("torch."), shape)
         read[name] = partial(_itself, tensor)
-        if tensor.layout == torch.strided and tensor.numel() and tensor.device.type == "cpu":
+        if not _odd(tensor) and tensor.numel():
             first = seen.setdefault((tensor.data_ptr(), specs[name], tensor.stride()), name)
             if first != name:
                 tied[name] = first
@@ -175,32 +184,15 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _tensors_of(content: Any, path: Path) -> tuple[str, dict[str, Tensor]]:
-    if isinstance(content, Mapping):
-        for key in _NESTED:
-            inside = content.get(key)
-            if isinstance(inside, Mapping) and (found := _only_tensors(inside)):
-                lightning = "pytorch-lightning_version" in content
-                return ("Lightning checkpoint" if lightning else "checkpoint"), found
-        if found := _only_tensors(content):
-            return "state dict", found
-        keys = some([f"`{key}`" for key in content], most=8) or "nothing"
-        what = f"a dict with {keys}"
-    else:
-        what = f"one {type(content).__name__}"
-    raise VerifyError(
-        f"`{path}` holds {what}, but no tensors where weights stand: by name, or in a dict under "
-        "`state_dict`. Save the model's `state_dict()` instead."
-    )
-
-
-def _only_tensors(content: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict; modules may keep other state of theirs in it."""
-    return {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
+def _odd(tensor: Tensor) -> str:
+    """Why a tensor can't be compared byte by byte, or ""."""
+    if tensor.device.type == "meta":
+        return "has no bytes (meta device)"
+    if tensor.is_nested:
+        return "is nested"
+    if tensor.is_quantized:
+        return "is quantized"
+    return "" if tensor.layout == torch.strided else f"has the layout {tensor.layout}"
 
 
 def _folder(path: Path) -> _Part:
@@ -258,19 +250,30 @@ def _shards(folder: Path, index: str) -> _Part:
     missing = [file for file in files if not (folder / file).exists()]
     if missing:
         raise VerifyError(
-            f"{where} names {len(files)} files, and of these {some(missing)} "
+            f"{where} names {_count(files)}, but {some([f'`{file}`' for file in missing])} "
             f"{'is' if len(missing) == 1 else 'are'} missing. Copy or download the whole folder."
         )
-    whole = _Part(f"folder with {len(files)} files by {index}", {}, {})
+    whole = _Part(f"folder with {_count(files)} by {index}", {}, {})
     for file in files:
         part = _file(regular(folder / file))
-        whole.specs.update(part.specs)
-        whole.read.update(part.read)
-        whole.tied.update(part.tied)
-    lost = [name for name, file in places.items() if name not in whole.specs]
+        # a tensor may stand in several files, as in those of another save
+        ours = {name for name in part.specs if places.get(name, file) == file}
+        if twice := ours & whole.specs.keys():
+            raise VerifyError(
+                f"{where} doesn't say where `{printable(min(twice))}` is, and several files have "
+                "it. Copy or download the whole folder anew."
+            )
+        whole.specs.update({name: part.specs[name] for name in part.specs if name in ours})
+        whole.read.update({name: part.read[name] for name in part.read if name in ours})
+        whole.tied.update({a: b for a, b in part.tied.items() if {a, b} <= ours})
+    lost = [name for name in places if name not in whole.specs]
     if lost:
         raise VerifyError(
-            f"{where} says that `{lost[0]}` is in `{places[lost[0]]}`, but it isn't: files of "
-            "different models are mixed here. Copy or download the whole folder anew."
+            f"{where} says that `{printable(lost[0])}` is in `{places[lost[0]]}`, but it isn't: "
+            "files of different models are mixed here. Copy or download the whole folder anew."
         )
     return whole
+
+
+def _count(files: Sequence[str]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files)} files"

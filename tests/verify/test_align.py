@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_freeze import VerifyError
-from lightning_freeze.verify.align import Shapes, align, check_stacks, tidy
+from lightning_freeze.verify.align import CERTIFICATE, Shapes, align, check_stacks
 
 MODEL: dict[str, tuple[int, ...]] = {
     "embed.weight": (50, 8),
@@ -138,18 +138,82 @@ def test_a_head_with_more_layers_is_a_head() -> None:
     check_stacks(align(HEAD, HEAD), HEAD, HEAD)
 
 
-@pytest.mark.parametrize(
-    ("raw", "expected"),
-    [
-        (["module.a.w", "module.b.w"], ["a.w", "b.w"]),
-        (["_orig_mod.a.w"], ["a.w"]),
-        (["model._orig_mod.module.a.w", "head.w"], ["model.a.w", "head.w"]),
-        # a user's own module of this name, beside others
-        (["module.a.w", "head.w"], ["module.a.w", "head.w"]),
-        (["a.module"], ["a.module"]),
-        # two names that would become one
-        (["_orig_mod.a", "a"], ["_orig_mod.a", "a"]),
-    ],
-)
-def test_components_of_wrappers_are_left_out_of_names(raw: list[str], expected: list[str]) -> None:
-    assert list(tidy(raw).values()) == expected
+@pytest.mark.parametrize("base_first", [True, False])
+def test_a_worse_copy_is_asked_about_too_for_it_may_be_the_one_that_is_meant(
+    base_first: bool,
+) -> None:
+    changed = {**MODEL, "embed.weight": (9, 9), "layer.0.weight": (9, 9)}
+    two = {**under("model.", changed), **under("teacher.", MODEL)}
+    with pytest.raises(
+        VerifyError, match=r"under `model\.` \(3 tensors\) and under `teacher\.` \(5 tensors\)"
+    ):
+        align(MODEL, two) if base_first else align(two, MODEL)
+    assert align(MODEL, two, "model").names["embed.weight"] == "model.embed.weight"
+
+
+def test_a_copy_of_less_than_half_is_no_second_place() -> None:
+    few = {name: MODEL[name] for name in ("layer.0.weight", "layer.0.bias")}
+    assert align(MODEL, {**under("model.", MODEL), **under("teacher.", few)}).right == "model."
+
+
+def test_two_towers_of_one_form_are_no_two_places_of_each_other() -> None:
+    towers = {**under("query.", MODEL), **under("passage.", MODEL)}
+    assert align(towers, under("model.", towers)).names == {n: f"model.{n}" for n in towers}
+
+
+ADAPTED = {
+    "layer.0.query.base_layer.weight": (8, 8),
+    "layer.0.query.lora_A.default.weight": (2, 8),
+    "layer.0.norm.weight": (8,),
+}
+PLAIN = {"layer.0.query.weight": (8, 8), "layer.0.norm.weight": (8,)}
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_what_an_adapter_moved_is_found_again(prefix: str) -> None:
+    adapted = under(prefix, ADAPTED)
+    moved = f"{prefix}layer.0.query.base_layer.weight"
+    assert align(PLAIN, adapted).names["layer.0.query.weight"] == moved
+    back = align(adapted, PLAIN).names
+    assert back[moved] == "layer.0.query.weight"
+    assert back[f"{prefix}layer.0.query.lora_A.default.weight"] not in PLAIN
+    assert align(adapted, adapted).names == {name: name for name in adapted}
+    check_stacks(align(PLAIN, adapted), PLAIN, adapted)
+
+
+def test_a_tensor_that_stands_beside_a_base_layer_is_not_taken_for_it() -> None:
+    both = {**PLAIN, "layer.0.query.base_layer.weight": (8, 8)}
+    assert align(both, PLAIN).names["layer.0.query.weight"] == "layer.0.query.weight"
+    assert align(both, PLAIN).names["layer.0.query.base_layer.weight"] not in PLAIN
+
+
+def test_a_head_alone_has_nothing_that_is_certified() -> None:
+    frozen = {"backbone.0.weight": (8, 4), "backbone.0.bias": (8,), "backbone.1.weight": (8,)}
+    with pytest.raises(
+        VerifyError,
+        match=r"^The certificate and CHECKPOINT are different models, or CHECKPOINT was saved "
+        r"without what was frozen: CHECKPOINT has none of the 3 certified tensors, such as "
+        r"`backbone\.0\.weight`\. It has `head\.weight`, `head\.bias`\.$",
+    ):
+        align(frozen, HEAD, sides=(CERTIFICATE, "CHECKPOINT"))
+
+
+def test_a_certificate_of_another_size_names_it_in_the_middle_of_a_sentence() -> None:
+    wide = {name: tuple(2 * size for size in shape) for name, shape in MODEL.items()}
+    with pytest.raises(
+        VerifyError, match=r"`embed\.weight` is 50x8 in the certificate and 100x16 in CHECKPOINT"
+    ):
+        align(MODEL, wide, sides=(CERTIFICATE, "CHECKPOINT"))
+
+
+def test_a_name_that_fits_by_chance_is_told_with_the_one_that_it_was_taken_for() -> None:
+    with pytest.raises(
+        VerifyError,
+        match=r"`head\.weight` \(`layer\.0\.weight` in BASE\) is 8x8 in BASE and 2x8 in CHECKPOINT",
+    ):
+        align(MODEL, HEAD)
+
+
+def test_one_tensor_is_counted_as_one() -> None:
+    with pytest.raises(VerifyError, match=r"none of the 1 tensor of the smaller one"):
+        align(MODEL, {"x.y": (3,)})

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 from lightning_freeze import __version__
+from lightning_freeze.certificate import read_certificate
 from lightning_freeze.cli import main
 from tests.test_architecture import loaded_by
-from tests.verify.files import Run, save
+from tests.verify.files import Run, save, write_certificate
 from tests.verify.test_refused import Touch
 
 BLOCK = "backbone.blocks.1.linear.weight"
@@ -34,6 +36,7 @@ def fails(capsys: Captured, arguments: list[str], *said: str) -> None:
     output = capsys.readouterr()
     assert output.out == ""
     assert "Traceback" not in output.err
+    assert "\x1b" not in output.err
     for text in said:
         assert text in output.err
 
@@ -91,6 +94,35 @@ def test_a_model_that_stands_twice_is_told_by_a_prefix(
     path = save(tmp_path / "two.pt", two)
     fails(capsys, ["verify", run.base, path], "`student.`", "`teacher.`", "`--prefix student`")
     assert main(["verify", run.base, path, "--prefix", "teacher"]) == 0
+
+
+def test_a_certified_tensor_that_is_not_there_ends_with_2_unless_another_changed(
+    run: Run,
+    tmp_path: Path,
+    capsys: Captured,
+) -> None:
+    fewer = {name: tensor for name, tensor in run.after.items() if name != BLOCK}
+    path = save(tmp_path / "x.pt", fewer)
+    assert main(["verify", path, "--certificate", run.certificate]) == 2
+    assert "missing: 1 tensor in backbone.blocks.1, so not verified" in capsys.readouterr().out
+    other = "backbone.embed.bias"
+    path = save(tmp_path / "x.pt", {**fewer, other: fewer[other] + 1})
+    assert main(["verify", path, "--certificate", run.certificate]) == 1
+
+
+@pytest.mark.parametrize(("code", "status"), [("frozen-changed", 1), ("no-gradient", 0)])
+def test_only_a_finding_about_weights_ends_with_1(
+    run: Run,
+    tmp_path: Path,
+    capsys: Captured,
+    code: str,
+    status: int,
+) -> None:
+    findings = ({"code": code, "names": [BLOCK], "message": "Look here."},)
+    whole = replace(read_certificate(run.certificate), findings=findings)
+    path = write_certificate(tmp_path / "c.json", whole)
+    assert main(["verify", run.checkpoint, "--certificate", path]) == status
+    assert f"the certificate records [{code}] Look here." in capsys.readouterr().out
 
 
 # No answer
@@ -155,6 +187,12 @@ def test_files_that_cannot_be_verified_end_with_2(
     fails(capsys, ["verify", run.base, odd], "only dense tensors can be compared")
 
 
+def test_a_message_cannot_act_on_a_terminal(here: Path, capsys: Captured) -> None:
+    path = save(here / "x.pt", {"\x1b[31m": 3})
+    fails(capsys, ["verify", path, path], "holds a dict with `\\x1b[31m`")
+    fails(capsys, ["verify", "\x1b[31m", path], "There is no file or folder `\\x1b[31m`")
+
+
 def test_a_certificate_that_is_none_ends_with_2(
     run: Run,
     tmp_path: Path,
@@ -201,6 +239,9 @@ def test_help_says_what_is_compared_and_what_the_exit_status_means(capsys: Captu
         "usage: lightning-freeze verify BASE [CHECKPOINT] [options]",
         "  lightning-freeze verify BASE CHECKPOINT --certificate FILE",
         "exit status: 0 if it is as it has to be, 1 if anything changed, 2 if it couldn't be veri",
+        "a certified tensor\nthat CHECKPOINT doesn't hold)",
+        "frozen-buffer-changed, frozen-changed, parameter-replaced, rank-mismatch, resume-mismatch",
+        "such as no-gradient, is printed and doesn't count",
     ):
         assert line in text
     assert "null" not in text
@@ -243,6 +284,34 @@ def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(run: Run) -> None:
         *said, last = found.stderr.splitlines()
         assert int(last) == status
         assert len(said) == (status == 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_a_complaint_that_nobody_can_read_still_ends_with_2(run: Run, stderr: str) -> None:
+    python, base = shlex.quote(sys.executable), shlex.quote(run.base)
+    for arguments in (f"{base} nope", "", f"{base} {base} --certificate nope >/dev/full"):
+        command = f"{python} -W ignore -m lightning_freeze verify {arguments} {stderr}"
+        found = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+        assert (found.returncode, found.stdout) == (2, b"")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd/1").exists(), reason="needs /proc")
+def test_the_result_may_go_where_the_text_goes(run: Run, tmp_path: Path) -> None:
+    # as /dev/stdout, which a mistake here must not be able to replace
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")
+    arguments = ["verify", run.base, run.base, "--json", str(link)]
+    out = process(*arguments).stdout
+    with (tmp_path / "out.txt").open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-W", "ignore", "-m", "lightning_freeze", *arguments]
+        subprocess.run(command, stdout=file, check=True)
+    assert link.is_symlink()
+    assert (tmp_path / "out.txt").read_text(encoding="utf-8") == out
+    content, end = json.JSONDecoder().raw_decode(out)
+    assert content["ok"] is True
+    assert "identical: all 25 tensors that both have." in out[end:]
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_terminal_without_lines_to_draw_still_gets_the_words(run: Run) -> None:

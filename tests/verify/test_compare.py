@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_freeze.verify import compare
-from lightning_freeze.verify.compare import identical, largest_difference
+from lightning_freeze.verify.compare import converted, identical, largest_difference
 
 DTYPES = [
     torch.float64,
@@ -103,3 +103,56 @@ def test_a_difference_in_the_last_chunk_counts(monkeypatch: pytest.MonkeyPatch) 
     one, two = torch.zeros(3, 3), torch.zeros(3, 3)
     two[2, 2], one[0, 0] = 0.5, -0.25
     assert largest_difference(one, two) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "dtype", "expected"),
+    [
+        (2**60, 2**60 + 1, torch.int64, 1),
+        (-(2**63), 2**63 - 1, torch.int64, 2**64 - 1),
+        (2**63 + 1, 2**63 - 1, torch.uint64, 2),
+        (0, 2**64 - 1, torch.uint64, 2**64 - 1),
+        (0, 255, torch.uint8, 255),
+    ],
+)
+def test_a_difference_of_integers_is_exact(
+    one: int, two: int, dtype: torch.dtype, expected: int
+) -> None:
+    pair = torch.tensor([one, 5], dtype=dtype), torch.tensor([two, 5], dtype=dtype)
+    assert largest_difference(*pair) == largest_difference(*reversed(pair)) == float(expected)
+
+
+def test_integers_of_different_dtypes_have_a_difference() -> None:
+    assert largest_difference(torch.tensor([7]), torch.tensor([9], dtype=torch.int32)) == 2
+    assert largest_difference(torch.tensor([7]), torch.tensor([9], dtype=torch.uint64)) == 2
+    assert largest_difference(torch.tensor([7]), torch.tensor([True])) == 6
+
+
+def test_a_dtype_that_torch_cannot_count_in_has_no_difference() -> None:
+    pair = [torch.full((4,), value, dtype=torch.uint8) for value in (0, 1)]
+    dtype = getattr(torch, "float4_e2m1fn_x2", None)
+    if dtype is None:
+        pytest.skip("this torch has no numbers of four bits")
+    one, two = (tensor.view(dtype) for tensor in pair)
+    assert not identical(one, two)
+    assert largest_difference(one, two) is None
+    assert not converted(torch.zeros(4), one)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_tensor_in_another_dtype_is_as_the_first_where_converting_that_gives_it(
+    dtype: torch.dtype,
+) -> None:
+    one = torch.randn(50)
+    two = one.to(dtype)
+    assert converted(one, two)
+    assert not converted(one, one)
+    assert not converted(one, flipped(two, 0))
+    assert not converted(one, two.reshape(5, 10))
+
+
+def test_only_numbers_of_one_kind_are_converted() -> None:
+    assert not converted(torch.tensor([1.0]), torch.tensor([1]))
+    assert not converted(torch.tensor([1]), torch.tensor([1], dtype=torch.int32))
+    assert not converted(torch.tensor([1j]), torch.tensor([0.0]))
+    assert converted(torch.tensor([1j]), torch.tensor([1j], dtype=torch.complex128))

@@ -117,6 +117,14 @@ def test_a_checkpoint_that_is_cut_off_says_so(run: Run, tmp_path: Path, share: f
     refuses(tmp_path / "x.ckpt", r"x\.ckpt` is cut off or damaged")
 
 
+def test_an_archive_of_a_version_that_does_not_exist_is_damaged(run: Run, tmp_path: Path) -> None:
+    content = bytearray(Path(run.checkpoint).read_bytes())
+    # the version that is needed, in the first entry of the table of contents
+    content[content.index(b"PK\x01\x02") + 6] = 93
+    (tmp_path / "x.ckpt").write_bytes(content)
+    refuses(tmp_path / "x.ckpt", r"is cut off or damaged: .*zip file version 9\.3")
+
+
 def test_a_legacy_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     whole = (tmp_path / "x.pt").read_bytes()
@@ -139,6 +147,21 @@ def test_a_damaged_pickle_in_a_whole_archive_says_so(tmp_path: Path) -> None:
         archive.writestr("x/data.pkl", b"\x80\x02}q\x00X\xff\xff")
         archive.writestr("x/version", b"3\n")
     refuses(tmp_path / "x.pt", r"x\.pt` (can't be read|holds something else)")
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+def test_a_later_pickle_protocol_is_named(tmp_path: Path, new: bool) -> None:
+    torch.save(STATE, tmp_path / "x.pt", pickle_protocol=4, _use_new_zipfile_serialization=new)
+    refuses(tmp_path / "x.pt", r"saved with pickle protocol 4; .* Save it with the default: `torch")
+
+
+def test_a_file_is_not_called_damaged_where_the_environment_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "x.pt", STATE)
+    for name in ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"):
+        monkeypatch.setenv(name, "1")
+    refuses(path, r"for torch refuses its environment: .*both were set\. Unset both\.")
 
 
 # Something else
@@ -214,7 +237,10 @@ def index(folder: Path, weight_map: Any) -> None:
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     shards_of_torch(tmp_path)
     (tmp_path / "pytorch_model-1.bin").unlink()
-    refuses(tmp_path, r"names 2 files, and of these pytorch_model-1\.bin is missing")
+    refuses(tmp_path, r"names 2 files, but `pytorch_model-1\.bin` is missing")
+    for name in STATE:
+        index(tmp_path, {name: "a b.bin"})
+        refuses(tmp_path, r"names 1 file, but `a b\.bin` is missing")
 
 
 @pytest.mark.parametrize("name", ["../x.bin", "/x.bin", "a/x.bin", "..\\x.bin", "..", ".", "", 3])

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from transformers import BertForSequenceClassification
 
 from lightning_freeze import ArgumentError, VerifyError, fingerprint
+from lightning_freeze.audit.findings import CODES
 from lightning_freeze.certificate import read_certificate
+from lightning_freeze.verify.certified import ABOUT_WEIGHTS
 from lightning_freeze.verify.groups import group_names
 from lightning_freeze.verify.result import Verification
 from lightning_freeze.verify.run import verify
@@ -24,6 +26,7 @@ from tests.verify.test_compare import flipped
 
 BLOCK = "backbone.blocks.1.linear.weight"
 STATISTICS = "backbone.blocks.0.norm.running_mean"
+T = torch.ones(2)
 
 
 def states(found: Verification) -> dict[str, str]:
@@ -124,7 +127,13 @@ def test_another_dtype_is_not_identical_even_where_the_values_are(run: Run, tmp_
     double = {**run.before, BLOCK: run.before[BLOCK].double()}
     found = verify(run.base, save(tmp_path / "x.pt", double))
     assert not found.ok
-    assert "other dtype: 1 tensor in backbone.blocks.1 (largest difference 0)." in found.verdict
+    assert (
+        "other dtype: 1 tensor in backbone.blocks.1 (float32, now float64: as BASE, converted; "
+        "largest difference 0)." in found.verdict
+    )
+    double[BLOCK][0, 0] += 0.5
+    found = verify(run.base, save(tmp_path / "x.pt", double))
+    assert "blocks.1 (float32, now float64; largest difference 0.5)." in found.verdict
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,68 @@ def test_a_tied_tensor_that_one_file_keeps_once_is_explained(run: Run, tmp_path:
     assert verify(twice, run.base).notes == (note.format("BASE"),)
 
 
+def test_a_changed_copy_beside_an_intact_one_is_asked_about(run: Run, tmp_path: Path) -> None:
+    model = {f"model.{n}": t + 1 for n, t in run.before.items()}
+    for part in ("head", "backbone.embed"):
+        model |= {f"model.{part}.weight": torch.zeros(9, 9), f"model.{part}.bias": torch.zeros(9)}
+    path = save(tmp_path / "x.pt", {**model, **{f"teacher.{n}": t for n, t in run.before.items()}})
+    with pytest.raises(
+        VerifyError, match=r"`model\.` \(21 .* `teacher\.` \(25 .* `--prefix model`"
+    ):
+        verify(run.base, path)
+    assert verify(run.base, path, prefix="teacher").ok
+    assert not verify(run.base, path, prefix="model").ok
+
+
+def test_weights_under_an_adapter_are_compared(run: Run, tmp_path: Path) -> None:
+    adapted = dict(run.before)
+    adapted["backbone.blocks.1.linear.base_layer.weight"] = adapted.pop(BLOCK)
+    adapted["backbone.blocks.1.linear.lora_A.default.weight"] = torch.zeros(2, 8)
+    adapted = {f"base_model.model.{n}": t for n, t in adapted.items()}
+    found = verify(run.base, save(tmp_path / "x.pt", adapted))
+    assert found.verdict == (
+        "identical: all 25 tensors that both have; only in CHECKPOINT: 1 tensor in "
+        "base_model.model.backbone.blocks.1."
+    )
+    assert verify(None, tmp_path / "x.pt", run.certificate).ok
+    moved = "base_model.model.backbone.blocks.1.linear.base_layer.weight"
+    path = save(tmp_path / "y.pt", {**adapted, moved: adapted[moved] + 1})
+    assert verify(run.base, path).status == verify(None, path, run.certificate).status == 1
+
+
+def test_one_tensor_is_told_in_the_singular(tmp_path: Path) -> None:
+    files = [save(tmp_path / f"{i}.pt", {"l.w": torch.full((2,), float(i))}) for i in (0, 1)]
+    found = verify(files[0], files[0])
+    assert found.verdict == "identical: the one tensor that both have."
+    assert "0.pt (state dict, 1 tensor)" in str(found)
+    assert verify(*files).verdict.startswith("identical: 0 of 1 tensor that both have; changed: 1")
+    path = write_certificate(tmp_path / "c.json", certificate({"l.w": torch.zeros(2)}))
+    assert verify(files[0], files[0], path).verdict == (
+        "as certified: the one frozen tensor, identical to BASE."
+    )
+
+
+def test_a_name_without_end_is_no_mistake_of_ours(tmp_path: Path) -> None:
+    name = "a." * 2000 + "w"
+    files = [save(tmp_path / f"{i}.pt", {name: torch.zeros(2) + i, "b.w": T}) for i in (0, 1)]
+    assert verify(files[0], files[0]).ok
+    found = verify(*files)
+    assert [t.name for t in found.tensors if t.status == "changed"] == [name]
+
+
+def test_names_cannot_act_on_a_terminal_or_fake_a_line(tmp_path: Path) -> None:
+    name = "a.\x1b[2J\nidentical: all.w"
+    files = [save(tmp_path / f"{i}.pt", {name: torch.zeros(2) + i, "b.w": T}) for i in (0, 1)]
+    found = verify(*files)
+    text = found.to_text(tensors=True)
+    assert "\x1b" not in text
+    assert not any(line.startswith("identical: all") for line in text.splitlines())
+    assert "a.\\x1b[2J\\nidentical: all.w" in text
+    path = write_certificate(tmp_path / "c.json", certificate({name: torch.zeros(2)}))
+    assert verify(None, files[0], path).ok
+    assert not verify(None, files[1], path).ok
+
+
 @pytest.mark.parametrize("layers", [2, 4])
 def test_a_model_with_another_number_of_layers_is_another_model(
     run: Run, tmp_path: Path, layers: int
@@ -244,7 +315,15 @@ def test_a_frozen_tensor_that_is_missing_is_an_answer_not_an_error(
         found = verify(base, path, run.certificate)
         assert not found.ok
         assert marks(found)[BLOCK] == "missing"
-        assert "missing: 1 tensor in backbone.blocks.1" in found.verdict
+        assert "missing: 1 tensor in backbone.blocks.1, so not verified; as c" in found.verdict
+        assert found.status == 2
+    fewer[STATISTICS] = fewer[STATISTICS] + 1
+    found = verify(None, save(tmp_path / "x.pt", fewer), run.certificate)
+    assert found.status == 1
+    assert found.verdict == (
+        "not as certified: 1 tensor in backbone.blocks.0; missing: 1 tensor in "
+        "backbone.blocks.1, so not verified; as certified: 21 of 23 frozen tensors."
+    )
 
 
 def test_another_dtype_or_shape_is_not_as_certified(run: Run, tmp_path: Path) -> None:
@@ -277,6 +356,160 @@ def test_a_certificate_with_a_finding_is_not_clean(run: Run, tmp_path: Path) -> 
         "not clean: the certificate itself records 1 finding (frozen-changed); as certified: all 23"
     )
     assert found.to_dict()["certificate"]["findings"] == [finding]
+
+
+@pytest.mark.parametrize(
+    "code", ["no-gradient", "mode-changed", "new-in-a-later-version", None, []]
+)
+def test_a_finding_that_is_not_about_weights_is_a_note(run: Run, tmp_path: Path, code: Any) -> None:
+    finding = {"code": code, "names": ["head.weight"], "message": "No gradient\x1b[2J yet."}
+    whole = replace(read_certificate(run.certificate), findings=(finding,))
+    found = verify(run.base, run.checkpoint, write_certificate(tmp_path / "c.json", whole))
+    assert found.status == 0
+    assert found.verdict.startswith("as certified: all 23 frozen tensors")
+    assert found.notes == (f"the certificate records [{code}] No gradient\\x1b[2J yet.",)
+
+
+def test_the_findings_about_weights_are_findings_of_the_audit() -> None:
+    assert ABOUT_WEIGHTS.issubset(CODES)
+
+
+def test_many_findings_are_counted_rather_than_listed(run: Run, tmp_path: Path) -> None:
+    findings = tuple({"code": "no-gradient", "names": [f"w{i}", "x"]} for i in range(20))
+    whole = replace(read_certificate(run.certificate), findings=findings)
+    found = verify(run.base, run.checkpoint, write_certificate(tmp_path / "c.json", whole))
+    assert found.notes[0] == "the certificate records [no-gradient] `w0`, `x`"
+    assert found.notes[-1] == "and 12 more"
+
+
+@pytest.mark.parametrize("code", sorted(ABOUT_WEIGHTS))
+def test_a_certificate_of_nothing_still_says_that_weights_changed(
+    run: Run, tmp_path: Path, code: str
+) -> None:
+    findings = ({"code": code, "names": [BLOCK], "message": "It changed."},)
+    path = write_certificate(tmp_path / "c.json", certificate({}, findings=findings))
+    for base in (run.base, None):
+        found = verify(base, run.checkpoint, path)
+        assert found.status == 1
+        assert found.notes == (f"the certificate records [{code}] It changed.",)
+        assert found.verdict.startswith(
+            f"not clean: the certificate itself records 1 finding ({code}); it certifies no tensor"
+        )
+        assert "not frozen" in str(found)
+
+
+def test_a_certificate_of_nothing_says_what_else_was_found(run: Run, tmp_path: Path) -> None:
+    findings = ({"code": "no-gradient", "names": ["x"], "message": "None came."},)
+    path = write_certificate(tmp_path / "c.json", certificate({}, findings=findings))
+    with pytest.raises(
+        VerifyError, match=r"certifies no tensor.*\nthe certificate records \[no-gradient\] None c"
+    ):
+        verify(run.base, run.checkpoint, path)
+
+
+def tied_certificate(run: Run, folder: Path) -> str:
+    frozen = {n: t for n, t in run.after.items() if n.startswith("backbone.")}
+    entries = certified(frozen)
+    tie = replace(entries[BLOCK], tied_to=BLOCK)
+    entries |= {"decoder.weight": tie, "encoder.weight": tie}
+    return write_certificate(folder / "tied.json", certificate({}, frozen=entries))
+
+
+def test_one_name_of_a_tied_tensor_is_enough(run: Run, tmp_path: Path) -> None:
+    path = tied_certificate(run, tmp_path)
+    for base in (run.base, None):
+        found = verify(base, run.checkpoint, path)
+        assert found.status == 0
+        assert "as certified: all 25 frozen tensors" in found.verdict
+    other = {n: t for n, t in run.after.items() if n != BLOCK}
+    other["decoder.weight"] = run.after[BLOCK]
+    assert verify(None, save(tmp_path / "x.pt", other), path).status == 0
+
+
+def test_every_name_of_a_tied_tensor_that_is_there_has_to_fit(run: Run, tmp_path: Path) -> None:
+    path = tied_certificate(run, tmp_path)
+    for wrong in ("decoder.weight", BLOCK):
+        both = {**run.after, "decoder.weight": run.after[BLOCK]}
+        both[wrong] = both[wrong] + 1
+        found = verify(None, save(tmp_path / "x.pt", both), path)
+        assert found.status == 1
+        assert {n for n, mark in marks(found).items() if mark == "not as certified"} == {wrong}
+    # the only one that is there says nothing for the others
+    found = verify(None, save(tmp_path / "x.pt", {**run.after, BLOCK: both[BLOCK]}), path)
+    assert found.status == 1
+    assert marks(found)["decoder.weight"] == "missing"
+
+
+def test_two_tensors_of_the_same_bytes_are_no_tie(run: Run, tmp_path: Path) -> None:
+    weights = {**run.after, "copy.weight": run.after[BLOCK]}
+    path = write_certificate(tmp_path / "c.json", certificate(weights))
+    found = verify(None, run.checkpoint, path)
+    assert (found.status, marks(found)["copy.weight"]) == (2, "missing")
+
+
+def test_what_was_reinitialised_need_not_be_as_in_base(run: Run, tmp_path: Path) -> None:
+    entries = dict(read_certificate(run.certificate).frozen)
+    entries[BLOCK] = replace(entries[BLOCK], reinitialised=True)
+    path = write_certificate(tmp_path / "c.json", certificate({}, frozen=entries))
+    other = save(tmp_path / "other.pt", {**run.before, BLOCK: run.before[BLOCK] + 1})
+    found = verify(other, run.checkpoint, path)
+    assert found.status == 0
+    assert found.verdict.startswith(
+        "as certified: all 23 frozen tensors, 22 of them identical to BASE, 1 re-initialised; "
+    )
+    assert "6 identical, 1 re-initialised" in str(found)
+    entry = {t.name: t.to_dict() for t in found.tensors}[BLOCK]
+    assert (entry["status"], entry["reinitialised"]) == ("changed", True)
+    # as certified it has to be all the same
+    changed = run.changed(tmp_path / "x.ckpt", {BLOCK: run.after[BLOCK] + 1})
+    assert verify(other, changed, path).status == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_what_a_run_converted_counts_as_that_of_base(
+    run: Run, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    after = {n: t.to(dtype) if t.is_floating_point() else t for n, t in run.after.items()}
+    frozen = {n: t for n, t in after.items() if n.startswith("backbone.")}
+    path = write_certificate(tmp_path / "c.json", certificate(frozen))
+    name = str(dtype).removeprefix("torch.")
+    checkpoint = save(tmp_path / "x.pt", after)
+    found = verify(run.base, checkpoint, path)
+    assert found.status == 0
+    assert found.verdict.startswith(
+        "as certified: all 23 frozen tensors, 3 of them identical to BASE, 20 as BASE, converted "
+        f"to {name}; other dtype, but not frozen: 2 tensors in head (float32, now {name}; largest"
+    )
+    assert f"as BASE, converted to {name}" in str(found)
+    found = verify(run.base, checkpoint)
+    assert found.status == 1
+    assert f"(float32, now {name}: as BASE, converted, float32, now {name}; " in found.verdict
+    # converted or not, it has to be that of BASE
+    other = save(tmp_path / "b.pt", {**run.before, BLOCK: run.before[BLOCK] * 1.5})
+    found = verify(other, checkpoint, path)
+    assert found.status == 1
+    assert f"not as in BASE: 1 tensor in backbone.blocks.1 (float32, now {name}; " in found.verdict
+
+
+def test_a_checkpoint_that_holds_little_of_what_was_frozen_is_still_verified(
+    run: Run, tmp_path: Path
+) -> None:
+    few = {f"trained.{i}": torch.zeros(i + 1) for i in range(40)} | {BLOCK: run.after[BLOCK]}
+    found = verify(None, save(tmp_path / "x.pt", few), run.certificate)
+    assert found.status == 2
+    assert "as certified: 1 of 23 frozen tensors" in found.verdict
+    few[BLOCK] = few[BLOCK] + 1
+    assert verify(None, save(tmp_path / "x.pt", few), run.certificate).status == 1
+
+
+def test_a_head_is_not_taken_for_a_layer_of_the_same_shape(run: Run, tmp_path: Path) -> None:
+    head = {"head.weight": torch.zeros(8, 4), "head.bias": torch.zeros(8)}
+    path = save(tmp_path / "x.pt", head)
+    with pytest.raises(
+        VerifyError, match=r"CHECKPOINT has at most 2 of the 23 certified tensors, such as `backb"
+    ):
+        verify(None, path, run.certificate)
+    assert verify(None, path, run.certificate, prefix="backbone.embed").status == 1
 
 
 def test_the_checkpoint_itself_may_hold_the_certificate(run: Run, tmp_path: Path) -> None:
@@ -352,7 +585,7 @@ def test_a_result_is_plain_values_for_json(run: Run) -> None:
     found = verify(run.base, run.checkpoint, run.certificate)
     content = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert content["format"] == 1
-    assert content["ok"] is True
+    assert (content["ok"], content["status"]) == (True, 0)
     assert content["verdict"] == found.verdict
     assert content["groups"][0] == {
         "name": "backbone.embed",
@@ -369,6 +602,8 @@ def test_a_result_is_plain_values_for_json(run: Run) -> None:
         "status": "identical",
         "difference": None,
         "certified": "as certified",
+        "converted": False,
+        "reinitialised": False,
     }
     assert len(content["tensors"]) == len(run.before)
 

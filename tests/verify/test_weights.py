@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -67,22 +69,80 @@ def test_a_module_s_state_that_is_no_tensor_is_passed_over(tmp_path: Path) -> No
     assert equal(path, STATE)
 
 
+T = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"net": STATE, "best_acc": T}, r"it holds tensors by name, such as `best_acc`, and others "
+         r"under `net`, such as `net\.layer\.\d\.\w+`, that would be passed over\. .* as by `torch"
+         r'\.save\(torch\.load\(".*x\.pt"\)\[\'net\'\], "weights\.pt"\)`'),
+        ({"w": T, "ema": {"deep": [{"x": T}]}}, r"under `ema`, such as `ema\.deep\.0\.x`"),
+        ({"w": T, "parts": [T, T], "more": (T,)}, r"under `parts`, `more`.*model\.state_dict\(\)"),
+        ({"w": T, 0: T}, r"under `0`, such as `0`"),
+        ({"state_dict": {"w": T, "model": STATE}}, r"its `state_dict` holds .* `w`, .* `model`,.*"
+         r"\)\[\"state_dict\"\]\['model'\]"),
+        ({"model": {"w": T, 7: T}, "best": T}, r"its `model` holds .* under `7`"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tensors_that_would_be_passed_over_are_refused(
+    tmp_path: Path, content: Any, said: str
+) -> None:
+    with pytest.raises(VerifyError, match=rf"x\.pt` wasn't compared: .*{said}"):
+        open_weights(save(tmp_path / "x.pt", content))
+
+
+def test_a_list_that_holds_itself_is_looked_through(tmp_path: Path) -> None:
+    endless: list[Any] = [3]
+    endless.append(endless)
+    assert equal(save(tmp_path / "x.pt", {**STATE, "x": endless}), STATE)
+    with pytest.raises(VerifyError, match="others under `x`"):
+        open_weights(save(tmp_path / "x.pt", {**STATE, "x": [*endless, T]}))
+
+
+def test_what_stands_beside_a_state_dict_is_passed_over(tmp_path: Path) -> None:
+    beside = {"optimizer_states": [{"state": {0: {"exp_avg": T}}}], "best": T, "loops": {"x": T}}
+    assert equal(save(tmp_path / "x.pt", {"state_dict": STATE, **beside}), STATE)
+
+
+def test_tensors_in_a_module_s_other_state_are_compared_too(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {**STATE, "a._extra_state": {"scale": T, "steps": [3, T]}})
+    assert equal(path, {**STATE, "a._extra_state.scale": T, "a._extra_state.steps.1": T})
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_a_safetensors_file_whatever_its_name(tmp_path: Path, suffix: str) -> None:
     save_file(STATE, tmp_path / f"x{suffix}")
     assert equal(tmp_path / f"x{suffix}", STATE)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex64, torch.uint16],
-    ids=str,
+DTYPES = (
+    "bfloat16 int64 bool complex64 uint16 "
+    "float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
 )
+# older releases of torch and safetensors have fewer
+KNOWN = [getattr(torch, name) for name in DTYPES.split() if hasattr(torch, name)]
+
+
+@pytest.mark.parametrize("dtype", KNOWN, ids=str)
 def test_a_dtype_is_called_the_same_in_every_format(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = {"w": torch.ones(2).to(dtype)}
     save_file(tensor, tmp_path / "x.safetensors")
     both = [open_weights(save(tmp_path / "x.pt", tensor)), open_weights(tmp_path / "x.safetensors")]
     assert both[0].specs == both[1].specs == {"w": Spec(str(dtype)[6:], (2,))}
+
+
+@pytest.mark.skipif(not hasattr(torch, "float4_e2m1fn_x2"), reason="this torch has no such dtype")
+def test_numbers_of_four_bits_have_the_shape_that_torch_gives_them(tmp_path: Path) -> None:
+    entry = {"dtype": "F4", "shape": [2, 8], "data_offsets": [0, 8]}
+    header = json.dumps({"w": entry}).encode().ljust(72)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    found = open_weights(path)
+    assert found.specs == {"w": Spec("float4_e2m1fn_x2", (2, 4))}
+    assert found.load("w").shape == (2, 4)
 
 
 @pytest.mark.parametrize("size", ["5GB", "20KB"])
@@ -109,6 +169,21 @@ def test_a_folder_with_files_of_torch(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").unlink()
     shards_of_torch(tmp_path)
     assert equal(tmp_path, STATE)
+
+
+def test_of_one_name_in_two_files_the_one_that_the_index_says_counts(tmp_path: Path) -> None:
+    shards_of_torch(tmp_path)
+    first, second = STATE
+    wrong = {first: torch.full((2, 3), 7.0), second: STATE[second]}
+    save(tmp_path / "pytorch_model-1.bin", wrong)
+    assert equal(tmp_path, STATE)
+    tied = torch.zeros(3)
+    save(tmp_path / "pytorch_model-1.bin", {first: tied, second: tied})
+    assert open_weights(tmp_path).tied == {}
+    for number in (0, 1):
+        save(tmp_path / f"pytorch_model-{number}.bin", {list(STATE)[number]: T, "x": T})
+    with pytest.raises(VerifyError, match=r"doesn't say where `x` is, and several files have it"):
+        open_weights(tmp_path)
 
 
 def test_a_folder_with_exactly_one_checkpoint(run: Run, tmp_path: Path) -> None:
@@ -144,11 +219,18 @@ def test_tensors_stay_on_the_disk_until_they_are_read(tmp_path: Path) -> None:
     assert weights.load("w").tolist() == [8.5] * 4
 
 
+def nested() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 @pytest.mark.parametrize(
     ("tensor", "what"),
     [
         (torch.eye(2).to_sparse(), r"has the layout torch\.sparse_coo"),
         (torch.zeros(2, device="meta"), r"has no bytes \(meta device\)"),
+        (nested(), "is nested"),
     ],
 )
 def test_a_tensor_without_plain_bytes_is_an_error_when_it_is_read(
