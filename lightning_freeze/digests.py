@@ -30,6 +30,10 @@ SIZE = 16
 # below this a thread costs more than it saves
 _ALONE = 1 << 16
 _WORTH_A_THREAD = 1 << 22
+# an address below this may be an offset into a storage that was freed
+_LOW = 1 << 32
+# sizes whose array types are kept, 3 kB each
+_MOST_SIZES = 512
 _PLAIN = (Tensor, nn.Parameter)
 
 _arrays: dict[int, Any] = {}
@@ -77,17 +81,19 @@ def digests(
             dtype = tensor.dtype
             if not dtype.is_complex and not tensor.is_neg():
                 size = tensor.nbytes
-                if size > _ALONE:
+                address = tensor.data_ptr()
+                if size > _ALONE and address > _LOW:
                     found.append(b"")
                     large.append((position, tensor))
                     continue
-                header = _headers.get((dtype, tensor.shape)) or _header(dtype, tensor.shape)
-                hasher = header.copy()
-                if size:
-                    array = _arrays.get(size) or _array(size)
-                    hasher.update(array.from_address(tensor.data_ptr()))
-                found.append(hasher.digest())
-                continue
+                if address > _LOW or not size:
+                    header = _headers.get((dtype, tensor.shape)) or _header(dtype, tensor.shape)
+                    hasher = header.copy()
+                    if size:
+                        array = _arrays.get(size) or _array(size)
+                        hasher.update(array.from_address(address))
+                    found.append(hasher.digest())
+                    continue
         flat = dense(tensor, partial(name, position))
         if isinstance(flat, bytes):
             found.append(flat)
@@ -132,6 +138,13 @@ def dense(tensor: Tensor, name: Callable[[], str], *, here: bool = True) -> Tens
     if is_traceable_wrapper_subclass(tensor):
         return _of_parts(tensor, name)
     plain = tensor.resolve_conj().resolve_neg()
+    if plain._is_zerotensor():
+        plain = plain.clone()
+    if plain.numel() and not plain.untyped_storage().nbytes():
+        raise ArgumentError(
+            f"`{name()}` has no bytes: its storage was freed (`untyped_storage().resize_(0)`), as "
+            "sharded training does between two uses. Look at it where it is gathered."
+        )
     return (plain.cpu() if here else plain).contiguous()
 
 
@@ -237,6 +250,8 @@ def _memory(address: int, size: int) -> Any:
 
 
 def _array(size: int) -> Any:
+    if len(_arrays) >= _MOST_SIZES:
+        _arrays.clear()
     kind = _arrays[size] = ctypes.c_char * size
     return kind
 

@@ -277,6 +277,28 @@ def test_of_a_nested_tensor_each_part_counts() -> None:
     assert fingerprint(nested(2, 3)) != fingerprint(nested(3, 2))
 
 
+@pytest.mark.parametrize("size", [1, 1000, 10**7])
+def test_freed_memory_is_refused_and_not_read(size: int) -> None:
+    tensor = torch.ones(size)
+    assert fingerprint(tensor)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(ArgumentError, match="`the tensor` has no bytes: its storage was freed"):
+        fingerprint(tensor)
+
+
+def test_freed_memory_is_named_also_behind_an_offset() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    whole = torch.ones(100)
+    model.weight = nn.Parameter(whole[40:46].view(2, 3))
+    whole.untyped_storage().resize_(0)
+    with pytest.raises(ArgumentError, match="`weight` has no bytes"):
+        fingerprint(model)
+
+
+def test_a_tensor_of_implicit_zeros_is_one_of_zeros() -> None:
+    assert fingerprint(torch._efficientzerotensor((4,))) == fingerprint(torch.zeros(4))
+
+
 def test_a_lazy_parameter_is_refused() -> None:
     with pytest.raises(ArgumentError, match="`weight` belongs to a lazy module that has seen no"):
         fingerprint(nn.LazyLinear(2))
