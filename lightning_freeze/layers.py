@@ -12,8 +12,10 @@ The rules, in this order; the first that finds something wins and is named in th
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -227,19 +229,25 @@ def _anatomy(
     def blocks_after(name: str) -> list[str]:
         return [block.name for block, start in zip(kept, starts) if start > order[name]]
 
+    in_order = sorted(zip(starts, range(len(starts))))
+    firsts = [start for start, _ in in_order]
+    # of the blocks that begin before it, the one that is highest in the stack
+    highest = list(accumulate((place for _, place in in_order), max))
+    last = max(ends)
+
     for name in backbone:
         if name in seen:
             continue
-        below = [i for i, start in enumerate(starts) if start < order[name]]
+        below = bisect_left(firsts, order[name])
         inner = name.removeprefix(base + ".")
         if not below:
             (above if _ABOVE.search(inner) else stem).append(name)
-        elif order[name] > max(ends):
+        elif order[name] > last:
             (stem if _BELOW.search(inner) else above).append(name)
         elif _BELOW.search(inner) and not _shares_top(inner, blocks_after(name), base):
             stem.append(name)  # an encoder's input, registered after its layers
         else:
-            extra.setdefault(max(below), []).append(name)
+            extra.setdefault(highest[below - 1], []).append(name)
     final = tuple(
         LayerGroup(block.name, block.parameters + tuple(extra.get(i, ())))
         for i, block in enumerate(kept)

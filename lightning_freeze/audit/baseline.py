@@ -40,6 +40,7 @@ class Baseline:
         "_on_device",
         "_parts",
         "_places",
+        "_position",
         "names",
         "since",
         "versions",
@@ -55,6 +56,7 @@ class Baseline:
         self._forms: list[Form] = []
         self._on_device: set[int] = set()
         self._parts: dict[int, bytes] | None = None
+        self._position: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -185,6 +187,13 @@ class Baseline:
         place = self._places[position]
         if isinstance(place, tuple) and module._buffers.get(place[1]) is not None:
             self._places[position] = (module, place[1])
+
+    def differs(self, name: str) -> bool:
+        """Whether a tensor of this name was taken down and isn't what it was."""
+        if self._position is None:
+            self._position = {name: position for position, name in enumerate(self.names)}
+        position = self._position.get(name)
+        return position is not None and bool(self.changed([position]))
 
     def here(self, position: int) -> bool:
         """Whether a tensor was in this process's memory, and not on an accelerator."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.audit.baseline import Baseline, address
+from lightning_freeze.audit.numbers import all_zero
 from lightning_freeze.audit.scene import Scene
 from lightning_freeze.audit.trace import (
     BEGIN,
@@ -34,6 +35,11 @@ from lightning_freeze.audit.trace import (
 from lightning_freeze.digests import digest
 
 Why = tuple[str, str]
+
+_OR_MEANT = "; if it is meant to change (a momentum encoder, a codebook), name it in `ignore`"
+_FIND_WRITE = (
+    f"Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor{_OR_MEANT}."
+)
 
 _PARTS = {
     (BEGIN, FIT): "before the fit's first batch",
@@ -127,17 +133,17 @@ def why_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
     if write is not None and not write.silent:
         return (
             f"It was written in place by other code{_where(write, scene)}.",
-            "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
+            _FIND_WRITE,
         )
     if write is not None or tensor._version == baseline.versions[position]:
         return (
             "No optimizer wrote it and its version didn't change: it was written through `.data` "
             f"or from outside of autograd{_where(write, scene)}.{_or_by(tensor, scene)}",
-            "Find code that writes `.data` of this tensor.",
+            f"Find code that writes `.data` of this tensor{_OR_MEANT}.",
         )
     return (
         "No optimizer wrote it: it was written in place by other code.",
-        "Find an in-place write (`copy_`, `mul_`, `load_state_dict`) to this tensor.",
+        _FIND_WRITE,
     )
 
 
@@ -174,7 +180,7 @@ def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | Non
     bumped = parameter._version != baseline.versions[position]
     gradient = parameter.grad
     if gradient is not None:
-        state = "some" if gradient.any() else "zero"
+        state = "zero" if all_zero(gradient) else "some"
         return Update(kind.__name__, state, parameter.requires_grad, (0, 0))
     if optimizer.state.get(parameter) and (bumped or parameter.requires_grad):
         return Update(kind.__name__, "some", parameter.requires_grad, (0, 0))
@@ -231,13 +237,12 @@ def why_average(label: str) -> Why:
     )
 
 
-def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], scene: Scene) -> Why:
+def why_buffer_changed(baseline: Baseline, position: int, scene: Scene) -> Why:
     """The cause and the fix for a buffer of a frozen module that changed.
 
     Args:
         baseline: what it was.
         position: which tensor of the baseline.
-        changed: names of all tensors that changed with it.
         scene: what can be looked at.
     """
     module = baseline.owner(position)
@@ -250,7 +255,7 @@ def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], sce
             "Find what takes this buffer away; a batch-norm without statistics uses each batch's.",
         )
     if is_batch_norm(module):
-        cause = _batch_norm(module, name, changed, scene)
+        cause = _batch_norm(module, name, baseline, scene)
         if cause is not None:
             return cause
     if _spectral(module, name.rpartition(".")[2]):
@@ -271,13 +276,14 @@ def why_buffer_changed(baseline: Baseline, position: int, changed: set[str], sce
         )
     return (
         f"Some code wrote to it{_where(write, scene)}.",
-        "Find what writes to this buffer and stop it.",
+        f"Find what writes to this buffer and stop it{_OR_MEANT}.",
     )
 
 
-def _batch_norm(module: nn.Module, name: str, changed: set[str], scene: Scene) -> Why | None:
+def _batch_norm(module: nn.Module, name: str, baseline: Baseline, scene: Scene) -> Why | None:
     """Batch-norm counts the batches it takes in; without a count, its mode has to do."""
-    counter = name.rpartition(".")[0] + ".num_batches_tracked"
+    path = name.rpartition(".")[0]
+    inside = f"{path}." if path else ""
     counted = getattr(module, "num_batches_tracked", None)
     if counted is not None and not int(counted):
         for average in scene.averages:
@@ -288,13 +294,14 @@ def _batch_norm(module: nn.Module, name: str, changed: set[str], scene: Scene) -
                     "Leave batch-norm out of what you freeze (`train_bn=True`), or replace it by "
                     "one without running statistics.",
                 )
-    took_in = counter in changed if counted is not None else module.training
-    path = name.rpartition(".")[0]
-    own = {f"{path}.{key}" if path else key for key in module._parameters}
+    # by the baseline, not by what a slice has just shown
+    counter = f"{inside}num_batches_tracked"
+    took_in = module.training if counted is None else baseline.differs(counter)
+    own = any(baseline.differs(f"{inside}{key}") for key in module._parameters)
     write = scene.trace.writes.get(name) if scene.trace else None
     flip = scene.trace.modes.get(path) if scene.trace else None
     elsewhere = write is not None and (write.after, write.before) in _NO_FORWARD and flip is None
-    if not took_in or own & changed or elsewhere:
+    if not took_in or own or elsewhere:
         return None  # a forward pass moves statistics, and neither weights nor in between
     if module.training:
         return (

@@ -15,6 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.audit.declared import Declared, ignored_by
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.holdings import check_optimizers, hidden
 from lightning_freeze.audit.identity import overlapping
@@ -28,10 +29,11 @@ from lightning_freeze.errors import ArgumentError, FrozenWeightsChanged
 from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.optimizers import listed
 from lightning_freeze.report import groups_or_children
+from lightning_freeze.selectors import Selectors
 
 
 @contextmanager
-def assert_frozen(model: nn.Module) -> Iterator[None]:
+def assert_frozen(model: nn.Module, *, ignore: Selectors = ()) -> Iterator[None]:
     """Raise when what is frozen at the start of the block isn't the same, to the bit, at its end.
 
     Frozen parameters and the buffers of wholly frozen modules are compared. It works around any
@@ -40,9 +42,12 @@ def assert_frozen(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module.
+        ignore: selectors of parameters and buffers that may change although they require no
+            gradient, such as a momentum encoder.
 
     Raises:
         FrozenWeightsChanged: names what changed, and why.
+        SelectorError: a selector of `ignore` matches nothing.
 
     Warns:
         UserWarning: the optimizers of the block stepped another model of this kind, such as the
@@ -58,9 +63,12 @@ def assert_frozen(model: nn.Module) -> Iterator[None]:
         ...
         lightning_freeze.errors.FrozenWeightsChanged: [frozen-changed] bias changed although \
 frozen (epoch 0, step 0, rank 0). No optimizer wrote it and its version didn't change: it was \
-written through `.data` or from outside of autograd. Find code that writes `.data` of this tensor.
+written through `.data` or from outside of autograd. Find code that writes `.data` of this tensor; \
+if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
     """
-    ledger = Ledger(model)
+    index = ModelIndex.of(model)
+    declared = Declared.by_flags(index).without(ignored_by(index, ignore), index)
+    ledger = Ledger(model, declared, index=index)
     trace = Trace()
     trace.begin(ledger.baseline, ledger.index.parameters, {}, START, (0, 0))
     steps = 0

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor, nn
 
-from lightning_freeze.apply import can_train, quiet_modules
+from lightning_freeze.apply import can_train
 from lightning_freeze.audit.baseline import Baseline, Moment, Place
 from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
+from lightning_freeze.audit.declared import Declared
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.holdings import held_by
 from lightning_freeze.audit.identity import overlapping, replaced, split_ties
@@ -20,30 +21,6 @@ from lightning_freeze.audit.scene import Scene, shared_memory
 from lightning_freeze.audit.switches import awake, by_batch, flipped
 from lightning_freeze.digests import digests
 from lightning_freeze.names import ModelIndex, some
-from lightning_freeze.plan import FreezePlan
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What somebody declared a model to be.
-
-    Attributes:
-        frozen: names of parameters that must not change.
-        quiet: paths of modules that must be in eval mode.
-        still: paths of modules whose buffers must not change.
-    """
-
-    frozen: frozenset[str]
-    quiet: tuple[str, ...] = ()
-    still: tuple[str, ...] = ()
-
-    @classmethod
-    def by_flags(cls, index: ModelIndex) -> Declared:
-        """What `requires_grad` says: for a freeze that was written by hand."""
-        off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
-        still = tuple(quiet_modules(index, FreezePlan(frozen=off, quiet=off)))
-        in_eval = tuple(path for path in still if not index.modules[path].training)
-        return cls(off, still if in_eval == still else in_eval, still)
 
 
 class Ledger:
@@ -99,12 +76,12 @@ class Ledger:
         self.shared, self._twins = shared_memory(self.index)
         # what can't require a gradient isn't asked to
         self.flags = bytes(
-            name not in declared.frozen and can_train(parameter)
+            name not in declared.frozen and name not in declared.ignored and can_train(parameter)
             for name, parameter in self.index.parameters.items()
         )
         places = chain(
             ((n, p) for n, p in self.index.parameters.items() if n in declared.frozen),
-            _buffers(self.index, declared.still),
+            _buffers(self.index, declared),
         )
         self.baseline = Baseline.of(places, now, self.baseline, parts=self._parts)
 
@@ -153,9 +130,7 @@ class Ledger:
         if flags and (now is not self.index or not self._as_declared()):
             trace = scene.trace
             flips, modes = (trace.flips, trace.modes) if trace else ({}, {})
-            seen += flipped(
-                self.index, now, self.declared.frozen, self.declared.still, flips, scene.who
-            )
+            seen += flipped(self.index, now, self.declared, flips, scene.who)
             seen += awake(self.index, now, self.declared.quiet, modes, scene.who)
         if flags:
             seen += by_batch(now, self.declared.still)
@@ -170,7 +145,10 @@ class Ledger:
 
     def _as_declared(self) -> bool:
         """Whether all flags and modes are what was declared: a quick look at the same objects."""
-        flags = bytes(p.requires_grad for p in self.index.parameters.values())
+        ignored, parameters = self.declared.ignored, self.index.parameters
+        flags = bytes(p.requires_grad for p in parameters.values())
+        if ignored:
+            flags = bytes(on and name not in ignored for name, on in zip(parameters, flags))
         modules = self.index.modules
         return flags == self.flags and not any(
             modules[path].training for path in self.declared.quiet
@@ -198,12 +176,11 @@ class Ledger:
             return []
         scene = replace(scene, shared=self._moving_partners(scene), twins=self._twins)
         names = self.baseline.names
-        together = {names[p] for p in listed}
-        self._spoilt |= together
+        self._spoilt.update(names[p] for p in listed)
         groups: dict[tuple[str, tuple[str, str]], list[str]] = {}
         for position in listed:
             if self.baseline.is_buffer(position):
-                why = why_buffer_changed(self.baseline, position, together, scene)
+                why = why_buffer_changed(self.baseline, position, scene)
                 key = ("frozen-buffer-changed", why)
             else:
                 key = ("frozen-changed", why_changed(self.baseline, position, scene))
@@ -283,10 +260,15 @@ class Ledger:
         return seen
 
 
-def _buffers(index: ModelIndex, paths: Iterable[str]) -> Iterator[tuple[str, Place]]:
+def _buffers(index: ModelIndex, declared: Declared) -> Iterator[tuple[str, Place]]:
     """Buffers that are part of the weights; derived ones (non-persistent) may be recomputed."""
-    for path in paths:
+    for path in declared.still:
         module = index.modules[path]
         for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                yield f"{path}.{key}" if path else key, (module, key)
+            name = f"{path}.{key}" if path else key
+            if (
+                buffer is not None
+                and key not in module._non_persistent_buffers_set
+                and name not in declared.ignored
+            ):
+                yield name, (module, key)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_freeze.audit.findings import Seen
+from lightning_freeze.audit.numbers import all_zero
 from lightning_freeze.names import some
 
 Named = Iterable[tuple[str, Tensor]]
@@ -51,7 +53,7 @@ def _gradients(frozen: Named, held: Mapping[int, str], always: Collection[str]) 
 def _why_gradient(parameter: Tensor, held: Mapping[int, str], always: bool) -> tuple[str, str]:
     fix = "Set `.grad = None` when you freeze, as `lightning_freeze.freeze` does."
     holder = held.get(id(parameter))
-    if holder and not parameter.grad.any():  # type: ignore[union-attr]
+    if holder and parameter.grad is not None and all_zero(parameter.grad):
         return (
             f"It is all zeros: it was zeroed instead of dropped, and {holder}, which holds it, "
             "steps it all the same (weight decay, momentum).",
@@ -81,7 +83,7 @@ def _states(
         kind = type(optimizer).__name__
         if kind == "LBFGS":  # what it keeps of all parameters stands under the first
             continue
-        names = [name for name, parameter in kept if optimizer.state.get(parameter)]
+        names = [n for n, parameter in kept if _has_stepped(optimizer.state.get(parameter))]
         since = [name for name in names if name in always]
         before = [name for name in names if name not in always]
         for ones, came in (
@@ -104,3 +106,8 @@ def _states(
                     )
                 )
     return found
+
+
+def _has_stepped(state: Mapping[str, Any] | None) -> bool:
+    """Whether optimizer state came from a step: Adagrad makes its own when it is built."""
+    return state is not None and len(state) > 0 and bool(state.get("step", 1))

@@ -31,6 +31,7 @@ class Record:
         alive: number of trainable tensors that have had a gradient.
         epochs: epochs that have ended.
         fresh: names of what was re-initialised before the fit.
+        ignored: number of tensors of which nothing is said, because the user asked for it.
         steps_per_round: with slices, how many steps one full round takes; 0 without.
     """
 
@@ -44,6 +45,7 @@ class Record:
     epochs: float = 0.0
     steps_per_round: int = 0
     fresh: frozenset[str] = frozenset()
+    ignored: int = 0
 
     def count_check(self) -> None:
         """Everything has been compared once more."""
@@ -118,8 +120,15 @@ class Record:
         return (
             f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
             f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
-            f"{self.alive} trainable tensors had gradients.{slices}"
+            f"{self.alive} trainable tensors had gradients.{slices}{self._spared}"
         )
+
+    @property
+    def _spared(self) -> str:
+        if not self.ignored:
+            return ""
+        many = "1 tensor" if self.ignored == 1 else f"{self.ignored} tensors"
+        return f" `ignore` leaves out {many}."
 
     def certificate(self, run: AuditRun) -> Certificate:
         """What a run can say of its frozen tensors: fingerprints, and since when."""
@@ -168,6 +177,7 @@ class Record:
             "layer_groups": [group.name for group in self.groups],
             "moments": [moment.to_dict() for moment in self.moments],
             "frozen": dict(self.frozen),
+            "ignored": self.ignored,
             "certificate": None if run is None else self.certificate(run).to_dict(),
             "versions": versions(),
         }

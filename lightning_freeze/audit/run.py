@@ -9,14 +9,17 @@ from time import perf_counter
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.baseline import Moment
+from lightning_freeze.audit.declared import Declared
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.gradients import GradientWatch, Probe, of_all_held
 from lightning_freeze.audit.holdings import check_optimizers, held_by, hidden
-from lightning_freeze.audit.ledger import Declared, Ledger
+from lightning_freeze.audit.ledger import Ledger
+from lightning_freeze.audit.moods import is_dropout
 from lightning_freeze.audit.rolling import Pace, Rolling
 from lightning_freeze.audit.scene import Average, Scene, nobody
 from lightning_freeze.audit.switches import fell_asleep, lively
@@ -176,7 +179,10 @@ class AuditRun:
         trains = {
             name: parameter
             for name, parameter in index.parameters.items()
-            if name not in self.ledger.declared.frozen and id(parameter) in held
+            if name not in self.ledger.declared.frozen
+            and name not in self.ledger.declared.ignored
+            and id(parameter) in held
+            and not is_lazy(parameter)
         }
         self.watch.arm(trains)
         self._movement.arm(trains, now)
@@ -284,7 +290,7 @@ class AuditRun:
         index = self.ledger.index
         found = []
         for path, module in index.modules.items():
-            if module.training or not isinstance(module, nn.modules.dropout._DropoutNd):
+            if module.training or not is_dropout(module):
                 continue
             around = index.owner(path)
             if not module.p or index.modules[around].training:
@@ -316,7 +322,7 @@ class AuditRun:
             schedulers: of the loop.
             flags: also look at flags, modes and optimizers; they may be in between two states.
         """
-        seen = self._queue + [
+        found = [
             item
             if item.since is not None or item.code not in _DATED
             else replace(item, since=self._compared)
@@ -324,6 +330,9 @@ class AuditRun:
                 self.scene, flags=flags, always=self._frozen_first & self.ledger.declared.frozen
             )
         ]
+        # what a slice showed is part of what all of them show
+        seen = [item for item in self._queue if not any(_covers(one, item) for one in found)]
+        seen += found
         self._queue = []
         self._compared = self.clock = now
         if flags:
@@ -346,8 +355,9 @@ class AuditRun:
         if index is self.ledger.index and self._managed:
             return self.ledger.trainable
         # what our callbacks freeze is in no optimizer by intent, whoever turns its flag on
-        frozen = self.ledger.declared.frozen if self._managed else frozenset()
-        return [n for n, p in index.parameters.items() if p.requires_grad and n not in frozen]
+        declared = self.ledger.declared
+        spared = declared.ignored | (declared.frozen if self._managed else frozenset())
+        return [n for n, p in index.parameters.items() if p.requires_grad and n not in spared]
 
     def check_movement(self) -> None:
         """See what has gradients and doesn't move."""
@@ -419,3 +429,8 @@ class AuditRun:
     def stop(self) -> None:
         """Leave the model as it was found."""
         self._stop_probe()
+
+
+def _covers(one: Seen, other: Seen) -> bool:
+    same = (one.code, one.cause) == (other.code, other.cause)
+    return same and set(one.names).issuperset(other.names)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_freeze.audit.baseline import address
@@ -62,21 +65,25 @@ class Scene:
     reduced: Collection[str] = ()
     twins: Mapping[str, str] = field(default_factory=dict)
 
-    def holder(self, parameter: Tensor) -> Optimizer | None:
-        """The first optimizer that holds a parameter."""
+    @cached_property
+    def _held(self) -> dict[int, tuple[Optimizer, Mapping[str, Any]]]:
+        """Id of a parameter -> the first optimizer that holds it, and the group."""
+        found: dict[int, tuple[Optimizer, Mapping[str, Any]]] = {}
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                if any(held is parameter for held in group["params"]):
-                    return optimizer
-        return None
+                for parameter in group["params"]:
+                    found.setdefault(id(parameter), (optimizer, group))
+        return found
+
+    def holder(self, parameter: Tensor) -> Optimizer | None:
+        """The first optimizer that holds a parameter."""
+        held = self._held.get(id(parameter))
+        return None if held is None else held[0]
 
     def learning_rate(self, parameter: Tensor) -> float:
         """What a parameter is stepped with; 0 where no optimizer holds it."""
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                if any(held is parameter for held in group["params"]):
-                    return float(group.get("lr") or 0.0)
-        return 0.0
+        held = self._held.get(id(parameter))
+        return 0.0 if held is None else float(held[1].get("lr") or 0.0)
 
 
 def shared_memory(index: ModelIndex) -> tuple[dict[str, str], dict[str, str]]:
@@ -87,7 +94,7 @@ def shared_memory(index: ModelIndex) -> tuple[dict[str, str], dict[str, str]]:
     """
     spans: list[tuple[int, int, str]] = []
     for name, parameter in index.parameters.items():
-        if parameter.device.type == "meta" or not parameter.numel():
+        if is_lazy(parameter) or parameter.device.type == "meta" or not parameter.numel():
             continue
         begin = address(parameter)
         if begin:

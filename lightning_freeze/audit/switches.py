@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-
-from torch import nn
+from collections.abc import Callable, Iterable, Mapping
 
 from lightning_freeze.apply import can_train, is_batch_norm
 from lightning_freeze.audit.causes import when
+from lightning_freeze.audit.declared import Declared
 from lightning_freeze.audit.findings import Seen
+from lightning_freeze.audit.moods import is_dropout, minds_its_mode
 from lightning_freeze.audit.trace import Flip
 from lightning_freeze.names import ModelIndex, some
 
@@ -18,8 +18,7 @@ Who = Callable[[str, str], str]
 def flipped(
     before: ModelIndex,
     now: ModelIndex,
-    frozen: Collection[str],
-    still: Iterable[str],
+    declared: Declared,
     flips: Mapping[str, Flip],
     who: Who,
 ) -> list[Seen]:
@@ -28,19 +27,21 @@ def flipped(
     Args:
         before: the model when it was declared.
         now: the model as it is.
-        frozen: names of what was declared frozen.
-        still: paths of wholly frozen modules, in which nothing new may train.
+        declared: what holds.
         flips: when each flag was seen to change.
         who: says which code runs between two looks.
     """
     on, off, new = [], [], []
-    inside = tuple(f"{path}." for path in still if path)
+    inside = tuple(f"{path}." for path in declared.still if path)
     for name, parameter in now.parameters.items():
-        if name in before.canonical:
-            declared = before.canonical[name] not in frozen
-            if parameter.requires_grad and not declared:
+        first = before.canonical.get(name)
+        if name in declared.ignored or first in declared.ignored:
+            continue
+        if first is not None:
+            trains = first not in declared.frozen
+            if parameter.requires_grad and not trains:
                 on.append(name)
-            elif not parameter.requires_grad and declared and can_train(parameter):
+            elif not parameter.requires_grad and trains and can_train(parameter):
                 off.append(name)
         elif parameter.requires_grad and inside and name.startswith(inside):
             new.append(name)
@@ -110,6 +111,10 @@ def awake(
     same = [path for path in up if now.modules[path] is before.modules[path]]
     known = set(same)
     fresh = [path for path in up if path not in known and not _trains(now, path)]
+    if all(path in modes and modes[path].early for path in same) and not any(
+        minds_its_mode(now.modules[path]) for path in same
+    ):
+        same = []  # `self.train()` in `on_train_start`, because `from_pretrained` ends in eval mode
     return _left_eval(now, same, modes, who) + _came_in_train_mode(now, fresh)
 
 
@@ -162,7 +167,7 @@ def lively(index: ModelIndex) -> tuple[str, ...]:
     restless = [
         path
         for path, module in index.modules.items()
-        if is_batch_norm(module) or (_is_dropout(module) and bool(getattr(module, "p", None)))
+        if is_batch_norm(module) or (is_dropout(module) and bool(getattr(module, "p", None)))
     ]
     around: set[str] = set()
     for path in restless:
@@ -174,10 +179,6 @@ def lively(index: ModelIndex) -> tuple[str, ...]:
         for path, module in index.modules.items()
         if path in around and module.training and _trains(index, path)
     )
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 def fell_asleep(now: ModelIndex, lively: Iterable[str]) -> list[Seen]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.audit.baseline import Baseline, Moment, versions
+from lightning_freeze.audit.numbers import all_zero
 
 # where a look is taken; a write is known to have been between two of them
 START = "a batch's start"
@@ -73,11 +74,19 @@ class Write:
 
 @dataclass(frozen=True)
 class Flip:
-    """A flag or a mode changed between two looks."""
+    """A flag or a mode changed between two looks.
+
+    Attributes:
+        after: the last look at which it was as before.
+        before: the look at which it wasn't.
+        at: epoch and optimizer step of the earlier look.
+        early: whether that was before the fit's first batch.
+    """
 
     after: str
     before: str
     at: Moment
+    early: bool = False
 
 
 class Trace:
@@ -109,6 +118,7 @@ class Trace:
         self._quiet: Mapping[str, nn.Module] = {}
         self._last = (FIT, (0, 0))
         self._last_flags = (FIT, (0, 0))
+        self._early = True
         self._held: dict[int, tuple[tuple[int, ...], list[int]]] = {}
         self._odd: dict[int, tuple[str, bytes]] = {}
         self._steps: dict[int, int] = {}
@@ -212,15 +222,16 @@ class Trace:
         if flags != self._flags:
             for name, old, new in zip(self._parameters, self._flags, flags):
                 if old != new:
-                    self.flips.setdefault(name, Flip(after, label, at))
+                    self.flips.setdefault(name, Flip(after, label, at, self._early))
             self._flags = flags
         modes = bytes([module.training for module in self._quiet.values()])
         if modes != self._modes:
             for path, old, new in zip(self._quiet, self._modes, modes):
                 if old != new:
-                    self.modes.setdefault(path, Flip(after, label, at))
+                    self.modes.setdefault(path, Flip(after, label, at, self._early))
             self._modes = modes
         self._last_flags = (label, now)
+        self._early = self._early and label != START
 
     def before_update(self, optimizer: Optimizer, now: Moment) -> None:
         """Just before an optimizer changes what it holds."""
@@ -231,7 +242,7 @@ class Trace:
             gradient = self._frozen[position].grad
             if gradient is None and not strange:
                 continue
-            state = "none" if gradient is None else "some" if gradient.any() else "zero"
+            state = "none" if gradient is None else "zero" if all_zero(gradient) else "some"
             self._odd[position] = (state, self._baseline.read(position))
 
     def after_update(self, optimizer: Optimizer, now: Moment) -> None:

@@ -13,10 +13,14 @@ from torch.optim import Optimizer
 from lightning_freeze.audit.baseline import Baseline, Moment
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.gradients import Why
+from lightning_freeze.audit.numbers import all_zero, local
 from lightning_freeze.errors import DiscoveryError
 from lightning_freeze.layers import LayerGroup, discover
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import whole_groups
+
+# a learning rate below this share of the scheduler's full one may be lost in rounding
+_WARM = 1e-4
 
 
 def by_group(groups: Iterable[LayerGroup], names: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -90,12 +94,14 @@ class Movement:
         self._looked = self._most()
 
     def step(self, optimizer: Optimizer) -> None:
-        """Before each step: at a learning rate of zero nothing is expected to move."""
+        """Before each step: at the very beginning of a warm-up nothing is expected to move."""
         for place, group in enumerate(optimizer.param_groups):
             lr = group.get("lr")
             if lr is None or (isinstance(lr, Tensor) and not lr.is_cpu):
                 lr = 1.0  # it chooses its own, or to read it would wait for the device
-            if group["params"] and float(lr):
+            full = group.get("initial_lr", lr)
+            least = 0.0 if isinstance(full, Tensor) else _WARM * float(full)
+            if group["params"] and float(lr) > least:
                 key = id(optimizer), place
                 self._steps[key] = self._steps.get(key, 0) + 1
                 self._lrs[key] = float(lr)
@@ -144,7 +150,8 @@ def not_moved(
 
     An update that is lost in rounding is told of only if it happens to a whole layer group: that
     is a learning rate too small for a precision. A single tensor may have a gradient near zero by
-    nature, such as the bias of attention's keys.
+    nature, such as the bias of attention's keys; and vectors may have one of exactly zero, such as
+    the last bias of a reward model, whose loss is a difference of two outputs.
 
     Args:
         groups: the layer groups.
@@ -171,7 +178,8 @@ def not_moved(
             if why is not None:
                 stuck.setdefault(why, []).append(name)
         for why, names in stuck.items():
-            if why is _ROUNDED and len(names) < len(trained):
+            vectors = all(parameters[name].ndim < 2 for name in names)
+            if len(names) < len(trained) and (why is _ROUNDED or (why is _ZERO and vectors)):
                 continue
             whole = len(names) == len(trained)
             what = (
@@ -224,19 +232,12 @@ def _why_unmoved(parameter: nn.Parameter, optimizer: Optimizer, lr: float) -> Wh
     gradient = parameter.grad
     if gradient is None:
         return None
-    gradient = local(gradient)
-    if not bool(gradient.any()):
+    if all_zero(gradient):
         return _ZERO
-    value = local(parameter)
+    gradient, value = local(gradient), local(parameter)
     size = _step_size(gradient, optimizer.state.get(parameter, {}), lr)
     room = value.abs() * (torch.finfo(value.dtype).eps / 2)
     return _KEPT if bool((size > 2 * room).any()) else _ROUNDED
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    part = getattr(tensor, "to_local", None)
-    return (part() if callable(part) else tensor).detach()
 
 
 def _step_size(gradient: Tensor, state: Mapping[str, Any], lr: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_freeze.callbacks import _session
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.selectors import Selector, describe
+
+# what Lightning's LearningRateFinder and BatchSizeFinder save a model in while they try
+_TUNERS = (".lr_find_", ".scale_batch_size_")
 
 
 class FreezingCallback(_session.Freezing):
@@ -22,6 +26,10 @@ class FreezingCallback(_session.Freezing):
     def __init__(self) -> None:
         self._session: _session.Session | None = None
         self._loaded: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying: without the fit that it takes part in."""
+        return {**vars(self), "_session": None}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
@@ -36,6 +44,8 @@ class FreezingCallback(_session.Freezing):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         state = saved_state(self, trainer, checkpoint)
+        if state is None and by_tuner(trainer):
+            return  # it was saved before anything was frozen
         if state is None:
             raise ResumeError(
                 f"The checkpoint has no state of `{self.state_key}`: it was written without it, "
@@ -83,6 +93,11 @@ class FreezingCallback(_session.Freezing):
             self._session.stop()
 
 
+def by_tuner(trainer: Trainer) -> bool:
+    """Whether a checkpoint is loaded by a callback that tries something and puts the model back."""
+    return Path(trainer.ckpt_path or "").name.startswith(_TUNERS)
+
+
 def saved_state(
     callback: Callback, trainer: Trainer, checkpoint: Mapping[str, Any]
 ) -> dict[str, Any] | None:
@@ -94,6 +109,27 @@ def saved_state(
     same = [cb for cb in _session.callbacks_of(trainer) if type(cb) is kind]
     saved = [value for key, value in states.items() if str(key).startswith(kind.__name__)]
     return dict(saved[0]) if len(same) == len(saved) == 1 else None
+
+
+def check_layout(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """On a resume: without the callbacks that split them, torch says only that groups don't match.
+
+    Raises:
+        ResumeError: the checkpoint was written with freezing callbacks, and this run has none.
+    """
+    saved = [
+        str(key)
+        for key, state in (checkpoint.get("callbacks") or {}).items()
+        if isinstance(state, dict) and "layout" in state
+    ]
+    ours = [cb for cb in _session.callbacks_of(trainer) if isinstance(cb, _session.Freezing)]
+    if saved and not ours:
+        raise ResumeError(
+            f"The checkpoint was written with {', '.join(saved)}, and this run has no freezing "
+            "callback: its optimizer groups have another shape. Use the callbacks of the run that "
+            "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
+            "without `ckpt_path`."
+        )
 
 
 def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:

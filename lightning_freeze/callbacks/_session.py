@@ -45,6 +45,7 @@ class Session:
         plan: what holds now.
         stages: callback -> number of its stage.
         managed: whether any callback freezes; without one, nothing is changed.
+        late: whether the module may make parts of itself after `setup` of the callbacks.
         fresh: names of what was re-initialised before the fit.
         tied: name of a tensor -> its other names, in `setup`.
         listeners: called before and after each change, as `listener(session, "before")`.
@@ -54,6 +55,7 @@ class Session:
         self.entered: set[int] = set()
         self.started = False
         self.deferred = False
+        self.late = False
         self.index: ModelIndex | None = None
         self.plan = FreezePlan()
         self.schedules: dict[Any, UnfreezeSchedule] = {}
@@ -80,7 +82,7 @@ class Session:
         doesn't match is looked for again in `on_fit_start`.
         """
         index = ModelIndex.of(module)
-        late = is_overridden("setup", module) or is_overridden("configure_model", module)
+        self.late = is_overridden("setup", module) or is_overridden("configure_model", module)
         claimed: frozenset[str] = frozenset()
         try:
             claimed = self._resolve(trainer, index)
@@ -88,7 +90,7 @@ class Session:
                 if hasattr(callback, "reinit_names"):
                     self._warn_frozen(callback.reinit_names(index))
         except FreezeError:
-            if not late:
+            if not self.late:
                 raise
             self.deferred = True
         self._warn_blocked()

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from lightning_freeze.arguments import call_of, one_of, whole
+from lightning_freeze.arguments import call_of, interval, one_of, whole
 from lightning_freeze.audit import trace as looks
+from lightning_freeze.audit.declared import Declared, ignored_by
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.identity import untied
-from lightning_freeze.audit.ledger import Declared
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.resumed import Resumed
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._chronicle import Chronicle
-from lightning_freeze.callbacks._freezing import saved_state, start
+from lightning_freeze.callbacks._freezing import by_tuner, check_layout, saved_state, start
+from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.distributed import from_all_ranks
-from lightning_freeze.errors import ArgumentError, ResumeError
+from lightning_freeze.names import ModelIndex
 from lightning_freeze.report import groups_or_children
+from lightning_freeze.selectors import Selectors, as_selectors
 from lightning_freeze.timeline import Moment
 
 # with several ranks, what slices find is told when all of them come to the same step
@@ -61,6 +61,9 @@ class TrainableParamAudit(Callback):
             fit end and whenever a checkpoint is saved: a path, True for `certificate.json` beside
             the checkpoints (nowhere if none are saved), or False. Each checkpoint holds one in any
             case. `lightning-freeze verify` compares a file with it.
+        ignore: selectors of parameters and buffers that may change although they require no
+            gradient, because the module itself writes them: a momentum encoder (MoCo, BYOL, DINO),
+            a codebook. Nothing is said of them.
 
     Attributes:
         findings: what it saw in the last fit, as `Finding` objects.
@@ -69,6 +72,7 @@ class TrainableParamAudit(Callback):
     Raises:
         ArgumentError: at construction.
         AuditError, FrozenWeightsChanged: in the fit, with ``on_violation="raise"``.
+        SelectorError: in `setup`, where a selector of `ignore` matches nothing.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -85,19 +89,10 @@ class TrainableParamAudit(Callback):
         report: Union[str, os.PathLike[str], None] = None,
         dead_after: int = 10,
         certificate: Union[bool, str, os.PathLike[str]] = True,
+        ignore: Selectors = (),
     ) -> None:
         self.on_violation = one_of(on_violation, "on_violation", ("raise", "warn"))
-        if isinstance(every, bool) or not isinstance(every, (int, str)):
-            every = str(every)
-        if isinstance(every, int):
-            self.every: Union[str, int] = whole(every, "every", least=1)
-        elif every in ("epoch", "batch", "rolling"):
-            self.every = every
-        else:
-            raise ArgumentError(
-                f'`every` is {every!r}. Write "epoch", "batch", "rolling" or a number of '
-                "optimizer steps."
-            )
+        self.every = interval(every)
         self.table = table
         self.log_metrics = log_metrics
         self.report = None if report is None else Path(report).expanduser()
@@ -105,7 +100,13 @@ class TrainableParamAudit(Callback):
         self.certificate: Union[bool, Path] = (
             certificate if isinstance(certificate, bool) else Path(certificate).expanduser()
         )
+        self.ignore = as_selectors(ignore, "ignore")
         self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying: what was seen, without the fit in which it was."""
+        self._current()
+        return {**vars(self), "_session": None, "_run": None, "_hooks": StepHooks()}
 
     @property
     def state_key(self) -> str:
@@ -121,8 +122,9 @@ class TrainableParamAudit(Callback):
         self._run: AuditRun | None = None
         self._declared = Declared(frozenset())
         self._resumed: Resumed | None = None
-        self._hooks: dict[int, Any] = {}
+        self._hooks = StepHooks()
         self._wrapped: frozenset[str] = frozenset()
+        self._ignored: frozenset[str] = frozenset()
         self._last_step = 0
         self._hunt_ends = -1
         self._ended = False
@@ -155,13 +157,15 @@ class TrainableParamAudit(Callback):
             self._reset()
             self._papers.check(trainer)
             self._session = _session.enter(trainer, pl_module, self)
+            if not self._session.late:
+                ignored_by(ModelIndex.of(pl_module), self.ignore)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: what was frozen, with which fingerprints."""
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._check_freezing(trainer, checkpoint)
+        if trainer.state.fn == TrainerFn.FITTING and not by_tuner(trainer):
+            check_layout(trainer, checkpoint)
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
             if self._resumed is not None:
@@ -170,22 +174,6 @@ class TrainableParamAudit(Callback):
                 self._record.fresh = self._resumed.fresh
             self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
             self._record.checks = state.get("checks", 0)
-
-    @staticmethod
-    def _check_freezing(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
-        """Without the callbacks that split them, torch says only that groups don't match."""
-        saved = [
-            str(key)
-            for key, state in (checkpoint.get("callbacks") or {}).items()
-            if isinstance(state, dict) and "layout" in state
-        ]
-        if saved and not any(isinstance(cb, _session.Freezing) for cb in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ResumeError(
-                f"The checkpoint was written with {', '.join(saved)}, and this run has no freezing "
-                "callback: its optimizer groups have another shape. Use the callbacks of the run "
-                "that wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and "
-                "`fit` without `ckpt_path`."
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """A certificate of what is frozen, and the record so far."""
@@ -214,6 +202,8 @@ class TrainableParamAudit(Callback):
         if session is None or session.index is None:
             return
         session.listeners.append(lambda _, when: self._on_change(trainer, when))
+        self._ignored = ignored_by(session.index, self.ignore)
+        self._record.ignored = len(self._ignored)
         self._record.groups = groups_or_children(session.index)
         self._declared = self._declaration()
         self._record.fresh |= session.fresh
@@ -227,10 +217,12 @@ class TrainableParamAudit(Callback):
         assert session is not None
         assert session.index is not None
         if not session.managed or session.applier is None:
-            return Declared.by_flags(session.index)
-        kept = {id(module) for module in session.applier.quiet}
-        quiet = tuple(p for p, m in session.index.modules.items() if id(m) in kept)
-        return Declared(session.plan.frozen, quiet, quiet)
+            declared = Declared.by_flags(session.index)
+        else:
+            kept = {id(module) for module in session.applier.quiet}
+            quiet = tuple(p for p, m in session.index.modules.items() if id(m) in kept)
+            declared = Declared(session.plan.frozen, quiet, quiet)
+        return declared.without(self._ignored, session.index)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On a resume, fingerprint what is frozen here, where it has been restored; then check."""
@@ -242,7 +234,7 @@ class TrainableParamAudit(Callback):
         assert self._run is not None
         self._run.look(looks.FIT, self._now(trainer))
         for optimizer in trainer.optimizers:
-            self._watch(trainer, optimizer)
+            self._hooks.add(optimizer, self._run, lambda: self._now(trainer))
         self._last_step = trainer.global_step
         self._chronicle.change(trainer, session, self._run)
         if self._resumed is None or session.managed:
@@ -322,22 +314,8 @@ class TrainableParamAudit(Callback):
         run = self._run
         if run is None:
             return
-        self._watch(trainer, optimizer)
+        self._hooks.add(optimizer, run, lambda: self._now(trainer))
         run.update_starts(optimizer, self._now(trainer))
-
-    def _watch(self, trainer: Trainer, optimizer: Any) -> None:
-        run = self._run
-        if run is None or id(optimizer) in self._hooks or not isinstance(optimizer, Optimizer):
-            return
-        with suppress(TypeError, AttributeError):  # a wrapper that isn't a whole optimizer
-            self._hooks[id(optimizer)] = (
-                optimizer.register_step_pre_hook(
-                    lambda o, *_: run.step_starts(o, self._now(trainer))
-                ),
-                optimizer.register_step_post_hook(
-                    lambda o, *_: run.update_ends(o, self._now(trainer))
-                ),
-            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -412,9 +390,7 @@ class TrainableParamAudit(Callback):
             self._finish(trainer)
 
     def _finish(self, trainer: Trainer) -> None:
-        for hook in (hook for pair in self._hooks.values() for hook in pair):
-            hook.remove()
-        self._hooks = {}
+        self._hooks.remove()
         if self._run is not None:
             self._run.stop()
             self._papers.write(trainer, self._run)

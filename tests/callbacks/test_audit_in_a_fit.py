@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +328,27 @@ def test_no_hook_stays_on_model_or_optimizer() -> None:
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not fit.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.01])
+@pytest.mark.parametrize("on_violation", ["warn", "raise"])
+def test_a_slice_that_shows_one_statistic_names_the_cause_of_all(
+    on_violation: str, seconds: float
+) -> None:
+    class Slow(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            time.sleep(seconds)
+            return super().training_step(batch, batch_idx)
+
+    model = seeded(lambda: Slow(blocks=12))
+    model.backbone.requires_grad_(False)
+    audit = TrainableParamAudit(table=False, every="rolling", on_violation=on_violation)
+    fit = trainer(audit, epochs=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        told = pytest.raises(FrozenWeightsChanged, match="train mode")
+        with nullcontext() if on_violation == "warn" else told:
+            fit.fit(model, loader())
+    causes = {finding.cause for finding in audit.findings}
+    assert len(causes) == 1, causes
+    assert "train mode" in causes.pop()

@@ -171,6 +171,8 @@ def test_model_without_a_backbone_gets_the_candidates_and_the_line_to_write() ->
         (lambda: ReinitTopLayers(1, seed="x"), "`seed` is 'x'"),
         (lambda: TrainableParamAudit(every="hour"), "`every` is 'hour'"),
         (lambda: TrainableParamAudit(every=0), "`every` is 0"),
+        (lambda: TrainableParamAudit(every="0"), "`every` is 0"),
+        (lambda: TrainableParamAudit(every="-5"), "`every` is '-5'"),
         (lambda: TrainableParamAudit(on_violation="ignore"), "`on_violation` is 'ignore'"),
         (lambda: TrainableParamAudit(dead_after=0), "`dead_after` is 0"),
     ],

@@ -1,0 +1,77 @@
+"""What somebody declared a model to be, and what of it may change all the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lightning_freeze.apply import quiet_modules
+from lightning_freeze.names import Members, ModelIndex
+from lightning_freeze.plan import FreezePlan
+from lightning_freeze.selectors import Selectors, select
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What somebody declared a model to be.
+
+    Attributes:
+        frozen: names of parameters that must not change.
+        quiet: paths of modules that must be in eval mode.
+        still: paths of modules whose buffers must not change.
+        ignored: names of parameters and buffers of which nothing is declared.
+    """
+
+    frozen: frozenset[str]
+    quiet: tuple[str, ...] = ()
+    still: tuple[str, ...] = ()
+    ignored: frozenset[str] = frozenset()
+
+    @classmethod
+    def by_flags(cls, index: ModelIndex) -> Declared:
+        """What `requires_grad` says: for a freeze that was written by hand."""
+        off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
+        still = tuple(quiet_modules(index, FreezePlan(frozen=off, quiet=off)))
+        in_eval = tuple(path for path in still if not index.modules[path].training)
+        return cls(off, still if in_eval == still else in_eval, still)
+
+    def without(self, ignored: frozenset[str], index: ModelIndex) -> Declared:
+        """The same, but nothing of some tensors.
+
+        Args:
+            ignored: names of parameters and buffers.
+            index: the model.
+        """
+        if not ignored:
+            return self
+        among = ignored.intersection(index.parameters)
+        whole = set(quiet_modules(index, FreezePlan(frozen=among, quiet=among)))
+        return Declared(
+            self.frozen - ignored,
+            tuple(path for path in self.quiet if path not in whole),
+            tuple(path for path in self.still if path not in whole),
+            ignored,
+        )
+
+
+def ignored_by(index: ModelIndex, selectors: Selectors) -> frozenset[str]:
+    """Names of the parameters and buffers that some selectors match.
+
+    Raises:
+        SelectorError: one of them matches neither.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"head": nn.Linear(2, 1), "norm": nn.BatchNorm1d(1)})
+        >>> sorted(ignored_by(ModelIndex.of(model), "norm.running_*"))
+        ['norm.running_mean', 'norm.running_var']
+    """
+    if not selectors:
+        return frozenset()
+    found = Members.of(index.modules[""])
+    buffers = dict(zip(found.buffer_names, found.buffers))
+    everything = replace(
+        index,
+        parameters={**index.parameters, **buffers},  # type: ignore[dict-item]
+        canonical={**index.canonical, **{name: name for name in buffers}},
+    )
+    return frozenset(select(everything, selectors))
