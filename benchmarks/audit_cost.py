@@ -10,6 +10,8 @@ Slices: one fit of a small BERT in which blocks of steps with `every="rolling"` 
 any audit take turns, so that both have the same machine. A step lasts from the start of one batch
 to the start of the next, every hook included.
 
+Memory: a fit of a model with 10,000 small tensors and `FreezeBackbone`, with and without an audit.
+
 With a GPU it also reads 14 GB of bfloat16 there, and reduces them to digests.
 """
 
@@ -120,19 +122,30 @@ class Slices:
 
 @dataclass(frozen=True)
 class Result:
-    """Everything that was measured."""
+    """Everything that was measured.
+
+    Attributes:
+        readings: each model.
+        slices: what they cost.
+        in_a_fit: bytes for each tensor that an audit holds in a fit, beside `FreezeBackbone`.
+        gpu: seconds of a sum and of a reduction.
+    """
 
     readings: tuple[Reading, ...]
     slices: Slices
+    in_a_fit: float
     gpu: tuple[float, float] | None = None
 
 
 class Small(nn.Module):
-    """A model of many small tensors."""
+    """A model of many small tensors in twenty layers."""
 
     def __init__(self, tensors: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(tensors // 2))
+        each = max(1, tensors // 40)
+        self.layers = nn.ModuleList(
+            nn.Sequential(*[nn.Linear(8, 8) for _ in range(each)]) for _ in range(20)
+        )
 
 
 def clocked(act: Callable[[], Any]) -> float:
@@ -198,6 +211,61 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+class ManySmall(LightningModule):
+    """Many small tensors under a head, which alone is used."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        self.backbone, self.head = Small(tensors), nn.Linear(8, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.head(batch[0]).pow(2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Weigh(Callback):
+    """Notes how much memory Python holds when training ends."""
+
+    def on_train_end(self, *_: Any) -> None:
+        gc.collect()
+        self.held = tracemalloc.get_traced_memory()[0]
+
+
+def held_in_a_fit(tensors: int, *audit: Callback) -> int:
+    """Bytes that a fit with `FreezeBackbone` has come to hold when training ends."""
+    weigh, module = Weigh(), ManySmall(tensors)
+    data = DataLoader(TensorDataset(torch.randn(12, 8)), batch_size=4)
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[FreezeBackbone(), *audit, weigh],
+    )
+    gc.collect()
+    tracemalloc.start()
+    trainer.fit(module, data)
+    tracemalloc.stop()
+    return weigh.held
+
+
+def measure_fit(tensors: int) -> float:
+    """What an audit adds to the memory that a fit holds, in bytes for each tensor."""
+    held: dict[bool, list[int]] = {True: [], False: []}
+    for _ in range(4):
+        for audited in (True, False):
+            audit = [TrainableParamAudit(table=False, certificate=False)] if audited else []
+            held[audited].append(held_in_a_fit(tensors, *audit))
+            gc.collect()
+    # the first fits fill caches, and tables of weak references grow now and then
+    return (min(held[True][1:]) - min(held[False][1:])) / tensors
 
 
 class InTurns(TrainableParamAudit):
@@ -346,6 +414,7 @@ def show(result: Result) -> None:
         f"with slices: {100 * slices.cost:+.2f} %. The hooks took {100 * slices.by_hooks:.2f} % of "
         f"the steps. A full round: {slices.steps_per_round} steps."
     )
+    console.print(f"In a fit with FreezeBackbone an audit adds {result.in_a_fit:.0f} B/tensor.")
     if result.gpu is None:
         console.print("GPU: none here, not measured.")
     else:
@@ -367,8 +436,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
             read("small tensors", Small(settings.small), settings.repeats),
         )
         slices = measure_slices(settings)
+        in_a_fit = measure_fit(settings.small)
         gpu = measure_gpu(settings.repeats) if torch.cuda.is_available() else None
-    result = Result(readings, slices, gpu)
+    result = Result(readings, slices, in_a_fit, gpu)
     show(result)
     return result
 

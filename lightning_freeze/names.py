@@ -155,6 +155,11 @@ class ModelIndex:
                 found.setdefault(first, []).append(name)
         return {first: tuple(names) for first, names in found.items()}
 
+    def forget(self) -> None:
+        """Drop what is worked out again when it is asked for; a fit may be long."""
+        for made in ("name_of", "_own", "_paths", "roots"):
+            vars(self).pop(made, None)
+
     @cached_property
     def name_of(self) -> dict[int, str]:
         """Id of a parameter -> its canonical name."""

@@ -203,16 +203,15 @@ def forget(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) 
 
 def learning_rates(index: ModelIndex, optimizers: Iterable[Optimizer]) -> dict[str, float]:
     """Parameter name -> learning rate now, for what any optimizer holds, frozen or not."""
-    found: dict[str, float] = {}
+    found: dict[int, float] = {}
     for optimizer in optimizers:
         split = _splits.get(optimizer)
         for position, group in enumerate(optimizer.param_groups):
             known = split is not None and position < len(split.full)
             params = split.full[position] if split is not None and known else group["params"]
-            for parameter in params:
-                if id(parameter) in index.name_of and group.get("lr") is not None:
-                    found[index.name_of[id(parameter)]] = float(group["lr"])
-    return found
+            if group.get("lr") is not None:
+                found.update(dict.fromkeys(map(id, params), float(group["lr"])))
+    return {name: found[id(p)] for name, p in index.parameters.items() if id(p) in found}
 
 
 def whole_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:

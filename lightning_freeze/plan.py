@@ -57,9 +57,11 @@ def merge(plans: Iterable[FreezePlan], before: Iterable[str] = ()) -> FreezePlan
     for plan in listed:
         for name, factor in plan.lr_scale.items():
             scale[name] = scale.get(name, 1.0) * factor
+    frozen = kept.union(*(plan.frozen for plan in listed))
+    quiet = kept.union(*(plan.quiet for plan in listed))
     return FreezePlan(
-        frozen=kept.union(*(plan.frozen for plan in listed)),
-        quiet=kept.union(*(plan.quiet for plan in listed)),
+        frozen=frozen,
+        quiet=frozen if quiet == frozen else quiet,
         lively=frozenset().union(*(plan.lively for plan in listed)),
         claimed=claimed,
         lr_scale=scale,

@@ -27,9 +27,15 @@ class Declared:
     ignored: frozenset[str] = frozenset()
 
     @classmethod
-    def by_flags(cls, index: ModelIndex) -> Declared:
-        """What `requires_grad` says: for a freeze that was written by hand."""
+    def by_flags(cls, index: ModelIndex, known: frozenset[str] = frozenset()) -> Declared:
+        """What `requires_grad` says: for a freeze that was written by hand.
+
+        Args:
+            index: the model.
+            known: names that are probably the same, to be kept once.
+        """
         off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
+        off = known if known == off else off
         still = tuple(quiet_modules(index, FreezePlan(frozen=off, quiet=off)))
         in_eval = tuple(path for path in still if not index.modules[path].training)
         return cls(off, still if in_eval == still else in_eval, still)

@@ -71,6 +71,7 @@ if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
     ledger = Ledger(model, declared, index=index)
     trace = Trace()
     trace.begin(ledger.baseline, ledger.index.parameters, {}, START, (0, 0))
+    index.forget()
     steps = 0
     optimizers: dict[int, Optimizer] = {}
 

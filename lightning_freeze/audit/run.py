@@ -126,6 +126,7 @@ class AuditRun:
         self._arm(now)
         # flags were declared when the fit was set up; since then other code may have run
         self._begin(looks.BEGIN, now, self.ledger.flags)
+        index.forget()
 
     @property
     def scene(self) -> Scene:

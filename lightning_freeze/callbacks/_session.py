@@ -67,7 +67,8 @@ class Session:
         self.listeners: list[Callable[[Session, str], None]] = []
         self._before: frozenset[str] = frozenset()
         self._resumed: dict[Any, int] = {}
-        self._wrapped_with: dict[str, bool] = {}
+        self._wrapped_with: Mapping[str, bool] = {}
+        self._first_trained: bytes | None = None
         self._snapshot: apply.Snapshot | None = None
 
     @property
@@ -105,10 +106,19 @@ class Session:
     def wrapped_with(self) -> frozenset[str]:
         """What required a gradient when the model was wrapped for several ranks."""
         assert self.index is not None
-        unchanged = self.index.parameters.keys() == self._wrapped_with.keys()
-        if self.managed or not unchanged:  # it was wrapped anew, or came later
-            return frozenset(n for n, p in self.index.parameters.items() if p.requires_grad)
-        return frozenset(name for name, flag in self._wrapped_with.items() if flag)
+        names = self.index.parameters
+        if self.managed or self._first_trained is None:  # it was wrapped anew, or came later
+            return frozenset(n for n, p in names.items() if p.requires_grad)
+        return frozenset(name for name, flag in zip(names, self._first_trained) if flag)
+
+    def _settle(self) -> None:
+        """Once the fit can't fail to start any more: keep nothing that isn't needed."""
+        assert self.index is not None
+        if self.index.parameters.keys() == self._wrapped_with.keys():
+            self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
+        self._wrapped_with = {}
+        self._snapshot = None
+        self.index.forget()
 
     def _warn_blocked(self) -> None:
         """A schedule whose every later stage names only what the user froze by hand."""
@@ -157,6 +167,7 @@ class Session:
             claimed = self._resolve(trainer, self.index)
             if not self.managed:
                 self.plan = FreezePlan(frozen=self._before)
+                self._settle()
                 return
             check_supported(trainer.strategy)
             apply.release(self.index, claimed & self._before)
@@ -180,6 +191,7 @@ class Session:
             }
             self._switch(trainer, stages)
             self._check_layout(resumed)
+            self._settle()
         except BaseException:
             self.stop()
             if self._snapshot is not None:

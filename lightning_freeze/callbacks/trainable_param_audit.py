@@ -217,7 +217,7 @@ class TrainableParamAudit(Callback):
         assert session is not None
         assert session.index is not None
         if not session.managed or session.applier is None:
-            declared = Declared.by_flags(session.index)
+            declared = Declared.by_flags(session.index, session.plan.frozen)
         else:
             kept = {id(module) for module in session.applier.quiet}
             quiet = tuple(p for p, m in session.index.modules.items() if id(m) in kept)
