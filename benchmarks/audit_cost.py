@@ -213,6 +213,19 @@ class Classifier(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
+def quiet_trainer(callbacks: list[Callback]) -> Trainer:
+    return Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=callbacks,
+    )
+
+
 class ManySmall(LightningModule):
     """Many small tensors under a head, which alone is used."""
 
@@ -239,16 +252,7 @@ def held_in_a_fit(tensors: int, *audit: Callback) -> int:
     """Bytes that a fit with `FreezeBackbone` has come to hold when training ends."""
     weigh, module = Weigh(), ManySmall(tensors)
     data = DataLoader(TensorDataset(torch.randn(12, 8)), batch_size=4)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[FreezeBackbone(), *audit, weigh],
-    )
+    trainer = quiet_trainer([FreezeBackbone(), *audit, weigh])
     gc.collect()
     tracemalloc.start()
     trainer.fit(module, data)
@@ -321,16 +325,7 @@ def measure_slices(settings: Settings) -> Slices:
     tokens = torch.randint(0, 2000, (rows, settings.length))
     data = TensorDataset(tokens, torch.randint(0, CLASSES, (rows,)))
     clock, audit = Clock(), InTurns(settings.steps)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[clock, FreezeBackbone(trainable_layers=2), audit],
-    )
+    trainer = quiet_trainer([clock, FreezeBackbone(trainable_layers=2), audit])
     trainer.fit(Classifier(settings), DataLoader(data, batch_size=settings.batch))
     took = [after - before for before, after in zip(clock.starts, clock.starts[1:])]
     slices: list[float] = []
