@@ -16,10 +16,6 @@ _REFUSED = {
         "FSDP1 flattens parameters and fixes what requires a gradient when it wraps the model"
     ),
     "DeepSpeedStrategy": "DeepSpeed builds its own flat optimizer when it wraps the model",
-    "ModelParallelStrategy": (
-        "its checkpoints restore optimizer state after the fit has started, which this version "
-        "doesn't serve yet"
-    ),
     "XLAStrategy": "it has not been tested",
     "XLAFSDPStrategy": "it has not been tested",
 }
@@ -35,7 +31,8 @@ def check_supported(strategy: Any) -> None:
         if base.__name__ in _REFUSED:
             raise UnsupportedError(
                 f"`{type(strategy).__name__}` isn't supported: {_REFUSED[base.__name__]}. Use "
-                '`strategy="ddp"` or one device.'
+                '`ModelParallelStrategy` with `fully_shard` (FSDP2), `strategy="ddp"` or one '
+                "device."
             )
 
 

@@ -142,6 +142,41 @@ class OptimizerGroups:
                     if id(parameter) in out:
                         optimizer.state.pop(parameter, None)
 
+    @contextmanager
+    def without_empty(self) -> Iterator[None]:
+        """Inside, optimizers have only groups that hold something; what is loaded there stays."""
+        whole = [list(optimizer.param_groups) for optimizer in self.optimizers]
+        for optimizer in self.optimizers:
+            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
+        try:
+            yield
+        finally:
+            for optimizer, groups in zip(self.optimizers, whole):
+                held = iter(optimizer.param_groups)
+                optimizer.param_groups = [next(held) if g["params"] else g for g in groups]
+
+    def idle(self) -> list[dict[int, dict[str, Any]]]:
+        """The options of the empty groups of each optimizer, by position, as plain values."""
+        return [
+            {
+                position: {key: _plain(value) for key, value in group.items() if key != "params"}
+                for position, group in enumerate(optimizer.param_groups)
+                if not group["params"]
+            }
+            for optimizer in self.optimizers
+        ]
+
+    def restore_idle(self, saved: Sequence[Mapping[int, Mapping[str, Any]]]) -> None:
+        """Give empty groups back the options that they had."""
+        for optimizer, groups in zip(self.optimizers, saved):
+            for position, options in groups.items():
+                group = optimizer.param_groups[position]
+                for key, value in options.items():
+                    if isinstance(group.get(key), Tensor):
+                        _assign(group, key, value)
+                    elif key in group:
+                        group[key] = value
+
     def layout(self) -> list[list[int]]:
         """How many tensors each group of each optimizer holds now."""
         return [
@@ -317,6 +352,12 @@ def _join(optimizer: Optimizer) -> None:
         _unscale(scheduler)
         _regroup(scheduler, len(split.origin), first)
     optimizer.param_groups[: len(split.origin)] = groups
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.tolist()
+    return value
 
 
 def _copy(value: Any) -> Any:

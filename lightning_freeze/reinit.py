@@ -10,10 +10,12 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError, ReinitError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.selectors import Selectors, describe, select
+from lightning_freeze.sharded import is_sharded, whole
 
 Init = Union[str, Callable[[str, nn.Parameter], None]]
 
@@ -86,14 +88,19 @@ def reinit_names(
         (b, b.clone()) for m in owners.values() for b in m._buffers.values() if b is not None
     ]
     try:
-        with torch.no_grad(), _seeded(seed, chosen.values()):
+        with (
+            torch.no_grad(),
+            _seeded(seed, kept.values()),
+            whole(index, chosen) as written,
+        ):
             if callable(init):
-                for name, parameter in chosen.items():
+                for name, parameter in written.items():
                     init(name, parameter)
             else:
-                _by_model(index, chosen)
+                _by_model(index, written)
         changed = [name for name in chosen if fingerprint(chosen[name]) != before[name]]
-        if not changed:
+        sharded = any(is_sharded(parameter) for parameter in chosen.values())
+        if not (any(from_all_ranks(bool(changed))) if sharded else changed):
             how = "the model's own init" if init == "model" else f"`{describe(init)}`"
             raise ReinitError(
                 f"Re-initialising changed nothing: {how} left the bytes of all {len(chosen)} "

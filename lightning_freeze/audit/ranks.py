@@ -108,6 +108,27 @@ def _why(buffer: bool, unseen: bool) -> tuple[str, str]:
     )
 
 
+def sharded_apart(names: Sequence[str]) -> list[Seen]:
+    """Frozen tensors of which each rank holds a part of its own.
+
+    Args:
+        names: what is frozen, and was made differently by the ranks before it was sharded.
+    """
+    if not names:
+        return []
+    return [
+        Seen(
+            "rank-mismatch",
+            tuple(names),
+            f"{some(names)} is frozen, and put together from parts of different models",
+            "Each rank made another model and sharded its own: FSDP2 doesn't begin with rank 0's "
+            "weights, as DistributedDataParallel does.",
+            "Seed before the model is made (`seed_everything`), or load the same weights on every "
+            "rank.",
+        )
+    ]
+
+
 def _on_some_only(ranks: Sequence[RankDigests]) -> list[Seen]:
     """Parameters that are frozen, or in the model, on some ranks and not on others."""
     found = []

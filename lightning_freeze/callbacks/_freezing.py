@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.selectors import Selector, describe
 
@@ -139,6 +140,15 @@ def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
         # other people's callbacks may have no hash: a dataclass has none
         ours = [cb for cb in _session.callbacks_of(trainer) if isinstance(cb, FreezingCallback)]
         session.start(trainer, module, {cb: cb._loaded for cb in ours if cb._loaded})
+        if restores_late(trainer) and session.groups is not None:
+
+            def resume(saved: Mapping[str, Any]) -> None:
+                for callback in ours:
+                    callback.on_load_checkpoint(trainer, module, {"callbacks": dict(saved)})
+                session.resume(trainer, {cb: cb._loaded for cb in ours if cb._loaded})
+                session.apart = frozenset()  # all ranks load the same
+
+            session.sharded = ShardedCheckpoints(trainer.strategy, session.groups, resume)
     return session
 
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_freeze import apply, optimizers
 from lightning_freeze.callbacks._precision import check_scaler
+from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import check_supported, rewrap
 from lightning_freeze.errors import FreezeError, ResumeError
@@ -47,6 +48,7 @@ class Session:
         managed: whether any callback freezes; without one, nothing is changed.
         late: whether the module may make parts of itself after `setup` of the callbacks.
         fresh: names of what was re-initialised before the fit.
+        apart: names of what the ranks made differently, where each shards its own.
         tied: name of a tensor -> its other names, in `setup`.
         listeners: called before and after each change, as `listener(session, "before")`.
     """
@@ -66,6 +68,8 @@ class Session:
         self.applier: apply.Applier | None = None
         self.listeners: list[Callable[[Session, str], None]] = []
         self._before: frozenset[str] = frozenset()
+        self.sharded: ShardedCheckpoints | None = None
+        self.apart: frozenset[str] = frozenset()
         self._resumed: dict[Any, int] = {}
         self._wrapped_with: Mapping[str, bool] = {}
         self._first_trained: bytes | None = None
@@ -100,6 +104,7 @@ class Session:
             apply.release(index, claimed)
             optimizers.release(index)
         self.tied = index.aliases
+        self.apart = made_apart(trainer, index)
         self._wrapped_with = {name: p.requires_grad for name, p in index.parameters.items()}
 
     @property
@@ -183,20 +188,35 @@ class Session:
             self.applier = apply.Applier(self.index, self.groups.held.intersection(trained))
             first = self._merged(dict.fromkeys(self.schedules, 0))
             check_scaler(trainer, self.groups, first.frozen)
-            self._resumed = {cb: s["stage"] for cb, s in resumed.items() if "stage" in s}
-            clock = (trainer.current_epoch, trainer.global_step)
-            stages = {
-                cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
-                for cb, schedule in self.schedules.items()
-            }
-            self._switch(trainer, stages)
-            self._check_layout(resumed)
+            self.resume(trainer, resumed)
             self._settle()
         except BaseException:
             self.stop()
             if self._snapshot is not None:
                 self._snapshot.restore(self.index)
             raise
+
+    def resume(self, trainer: Trainer, resumed: Mapping[Any, Any]) -> None:
+        """Take up the stages of a checkpoint; without one, those that the clock says.
+
+        Args:
+            trainer: whose fit it is.
+            resumed: callback -> what it saved.
+
+        Raises:
+            ResumeError: the optimizer groups would have another shape than the saved ones.
+        """
+        assert self.groups is not None
+        self._resumed = {cb: s["stage"] for cb, s in resumed.items() if "stage" in s}
+        clock = (trainer.current_epoch, trainer.global_step)
+        stages = {
+            cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
+            for cb, schedule in self.schedules.items()
+        }
+        self._switch(trainer, stages)
+        self._check_layout(resumed)
+        for saved in resumed.values():
+            self.groups.restore_idle(saved.get("idle", ()))
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
@@ -269,7 +289,8 @@ class Session:
         """What a callback saves: its stage, and the layout that the optimizer state has."""
         if callback not in self.stages or self.groups is None:
             return {}
-        return {"stage": self.stages[callback], "layout": self.groups.layout()}
+        state = {"stage": self.stages[callback], "layout": self.groups.layout()}
+        return {**state, "idle": self.groups.idle()} if self.sharded is not None else state
 
     def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
         assert self.groups is not None
@@ -293,6 +314,8 @@ class Session:
         """At the end of the fit: take the guards off; flags and groups stay as they are."""
         if self.applier is not None:
             self.applier.stop()
+        if self.sharded is not None:
+            self.sharded.stop()
 
 
 _sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()

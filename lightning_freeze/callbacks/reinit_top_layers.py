@@ -108,12 +108,13 @@ class ReinitTopLayers(Callback):
             return
         check_supported(trainer.strategy)
         session = _session.enter(trainer, pl_module, self)
-        self._deferred = session.deferred
-        if not session.deferred and not trainer.global_step:
+        # what the module makes later may be the top, or overwrite what is fresh
+        self._deferred = session.late
+        if not self._deferred and not trainer.global_step:
             self._reinit(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Re-initialise what was made in `configure_model`, unless this is a resume.
+        """Re-initialise a model that is made in `configure_model`, unless this is a resume.
 
         An optimizer that was kept from an earlier fit forgets the moments of what is fresh.
         """

@@ -15,6 +15,7 @@ from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.declared import Declared, ignored_by
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.identity import untied
+from lightning_freeze.audit.ranks import sharded_apart
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.resumed import Resumed
 from lightning_freeze.audit.run import AuditRun
@@ -26,6 +27,7 @@ from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, who_runs
 from lightning_freeze.callbacks._papers import Papers
+from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.report import groups_or_children
@@ -209,7 +211,8 @@ class TrainableParamAudit(Callback):
         self._record.fresh |= session.fresh
         self._wrapped = session.wrapped_with
         parameters = session.index.parameters.values()
-        if trainer.ckpt_path is None and not any(is_lazy(p) for p in parameters):
+        restored = trainer.ckpt_path is None and not restores_late(trainer)
+        if restored and not any(is_lazy(p) for p in parameters):
             self._begin(trainer, pl_module, session)
 
     def _declaration(self) -> Declared:
@@ -268,6 +271,8 @@ class TrainableParamAudit(Callback):
         assert self._session is not None
         resumed, self._resumed = self._resumed, None
         seen = [] if resumed is None else resumed.check(self._run)
+        frozen = self._declared.frozen - self._record.fresh
+        seen += sharded_apart(sorted(self._session.apart & frozen))
         self._check(trainer, seen + untied(self._session.tied, self._run.ledger.index))
 
     def _on_change(self, trainer: Trainer, when: str) -> None:
@@ -280,8 +285,8 @@ class TrainableParamAudit(Callback):
                 self._check(trainer, flags=False)
             return
         self._wrapped = session.wrapped_with
+        self._declared = self._declaration()
         if self._run is not None:
-            self._declared = self._declaration()
             self._run.declare(self._declared, self._now(trainer))
             self._hunt_ends = -1
             self._chronicle.change(trainer, session, self._run)

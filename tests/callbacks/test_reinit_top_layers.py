@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 
 from lightning_freeze import ReinitError, ReinitTopLayers
 from tests.callbacks.test_freeze_backbone import Classifier, bert, tokens
-from tests.toys import changed, state, trainer
+from tests.toys import Block, Toy, changed, loader, seeded, state, trainer
 
 
 class AtStart(Callback):
@@ -107,3 +107,36 @@ def test_ties_survive() -> None:
         "model.cls.predictions.decoder.weight",
         "model.bert.embeddings.word_embeddings.weight",
     }
+
+
+class Grows(Toy):
+    """Adds a block on top when it is configured, or in its own `setup`."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=2)
+
+    def grow(self) -> None:
+        if len(self.backbone.blocks) == 2:
+            torch.manual_seed(5)
+            self.backbone.blocks.append(Block(8))
+
+
+class GrowsInSetup(Grows):
+    def setup(self, stage: str) -> None:
+        self.grow()
+
+
+class GrowsWhenConfigured(Grows):
+    def configure_model(self) -> None:
+        self.grow()
+
+
+@pytest.mark.parametrize("make", [GrowsInSetup, GrowsWhenConfigured])
+def test_a_top_layer_that_is_made_late_is_the_one_that_starts_anew(make: Any) -> None:
+    looks = []
+    for callbacks in ([], [ReinitTopLayers(1, seed=3)]):
+        model, look = seeded(make), AtStart()
+        trainer(*callbacks, look, epochs=1).fit(model, loader())
+        looks.append(look.weights)
+    fresh = {name for name in changed(*looks) if "norm" not in name}
+    assert fresh == {"backbone.blocks.2.linear.weight", "backbone.blocks.2.linear.bias"}

@@ -21,7 +21,6 @@ from lightning_freeze import (
     ReinitError,
     ReinitTopLayers,
     TrainableParamAudit,
-    UnsupportedError,
     reinit,
 )
 from lightning_freeze.cli import main
@@ -253,66 +252,70 @@ class Sharded(Tied):
             fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
 
-def _rank(rank: int, port: int, path: Path, tie: bool, callbacks: list[Any]) -> None:
+def _rank(rank: int, port: int, path: Path, how: dict[str, Any], callbacks: list[Any]) -> None:
     os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.manual_seed(rank)
-    model = Sharded(tie=tie)
-    seen: dict[str, Any] = {"made": model.head.weight.detach().clone(), "refused": "", "codes": []}
+    torch.manual_seed(how.get("seed", rank))
+    model = Sharded(tie=how.get("tie", False))
+    if how.get("by_hand"):
+        model.backbone.requires_grad_(False).eval()
+    seen: dict[str, Any] = {"made": model.head.weight.detach().clone(), "findings": []}
 
     def look(_: Any, module: Any) -> None:
         seen["shard"] = module.head.weight.to_local().detach().clone()
+        seen["head"] = module.head.weight.full_tensor().detach().clone()
         seen["tied"] = module.head.weight is module.embed.weight
 
     strategy: Any = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     options: dict[str, Any] = {"devices": 2, "use_distributed_sampler": False}
     run = trainer(*callbacks, Do(on_train_start=look), epochs=1, strategy=strategy, **options)
-    try:
-        run.fit(model, tokens())
-    except UnsupportedError as error:
-        seen["refused"] = str(error)
+    run.fit(model, tokens())
     for callback in callbacks:
-        seen["codes"] += [finding.code for finding in getattr(callback, "findings", ())]
+        seen["findings"] += getattr(callback, "findings", ())
     torch.save(seen, path / f"{rank}.pt")
 
 
-def sharded(path: Path, *callbacks: Any, tie: bool = False) -> list[dict[str, Any]]:
-    """What each of two ranks saw under FSDP2."""
+def sharded(path: Path, *callbacks: Any, **how: Any) -> list[dict[str, Any]]:
+    """What each of two ranks saw under FSDP2, with a seed of its own unless `seed` is given."""
     torch.multiprocessing.start_processes(
         _rank,
-        (find_free_network_port(), path, tie, list(callbacks)),
+        (find_free_network_port(), path, how, list(callbacks)),
         nprocs=2,
         start_method="fork",
     )
-    return [torch.load(path / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(path / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
-@row("I9", prevented="FSDP2 is refused at fit start; the audit alone may watch")
-def test_i9_nothing_is_frozen_or_drawn_where_fsdp2_leaves_ranks_different(tmp_path: Path) -> None:
+@row("I9", found="rank-mismatch")
+def test_i9_what_is_frozen_in_parts_of_different_models_is_named(tmp_path: Path) -> None:
     first, second = sharded(tmp_path)
     assert not torch.equal(first["made"], second["made"])
     assert torch.equal(first["shard"], first["made"][:6])
     assert torch.equal(second["shard"], second["made"][6:])  # the failure: half of another model
-    for callback in (FreezeBackbone("backbone"), ReinitTopLayers(params="head")):
-        for seen in sharded(tmp_path, callback):
-            assert "`ModelParallelStrategy` isn't supported" in seen["refused"], callback
-    watching = TrainableParamAudit(table=False, on_violation="warn")  # control
-    for seen in sharded(tmp_path, watching):
-        assert (seen["refused"], seen["codes"]) == ("", [])
+    for freezing in ([FreezeBackbone("backbone")], []):
+        watching = TrainableParamAudit(table=False, on_violation="warn")
+        by_hand = not freezing
+        for seen in sharded(tmp_path, *freezing, watching, by_hand=by_hand):
+            assert [(f.code, f.names) for f in seen["findings"]] == [
+                ("rank-mismatch", ("backbone.0.bias", "backbone.0.weight"))
+            ]
+        for seen in sharded(tmp_path, *freezing, watching, by_hand=by_hand, seed=3):  # control
+            assert seen["findings"] == []
+    one = [seen["head"] for seen in sharded(tmp_path, ReinitTopLayers(params="head", seed=3))]
+    assert torch.equal(*one)  # drawn alike on every rank, although the ranks made it differently
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.filterwarnings("ignore")
-def test_a_tie_that_fsdp2_broke_is_named_where_the_audit_is_alone(tmp_path: Path) -> None:
-    for seen in sharded(tmp_path, FreezeBackbone("backbone"), tie=True):
-        assert "`ModelParallelStrategy` isn't supported" in seen["refused"]
+@pytest.mark.parametrize("freezing", [(FreezeBackbone("backbone"),), ()])
+def test_a_tie_that_fsdp2_broke_is_named(tmp_path: Path, freezing: Any) -> None:
     watching = TrainableParamAudit(table=False, on_violation="warn")
-    for seen in sharded(tmp_path, watching, tie=True):
+    for seen in sharded(tmp_path, *freezing, watching, tie=True, seed=3):
         assert not seen["tied"]
-        assert "tie-split" in seen["codes"]
+        assert {finding.code for finding in seen["findings"]} == {"tie-split"}
 
 
 @row("I6", prevented="the model's own init is used, which knows its norms")
