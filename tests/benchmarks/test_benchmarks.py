@@ -197,3 +197,37 @@ def test_audit_cost_prints_what_it_measured(capsys: pytest.CaptureFixture[str]) 
     assert f"adds {result.in_a_fit:.0f} B/tensor" in shown
     assert result.slices.slices
     assert result.slices.without
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_the_matrix_runs_where_it_is_supported(capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = load("matrix")
+    asked = "--strategies DDP FSDP2 --precisions bf16-mixed --schedulers OneCycleLR --each"
+    results = matrix.main(asked.split())
+    shown = capsys.readouterr().out
+    assert len(results) == 16
+    assert set(results.values()) == {"runs"}
+    assert shown.count("2 of 2") == 8
+    assert "DeepSpeed: refused at fit start" in shown
+    assert "FSDP2 | bf16-mixed | True | True | 2 | OneCycleLR | runs" in shown
+
+
+def test_the_matrix_tells_what_moved_too_early_and_what_never_moved() -> None:
+    matrix = load("matrix")
+    order = ("head.w", "backbone.blocks.1.w", "backbone.blocks.0.w", "backbone.embed.w")
+
+    def trained(first: dict[str, int]) -> str:
+        layers = matrix.Layers()
+        layers.seen = [
+            {name: str(max(0, epoch - first[name])) for name in order}
+            for epoch in range(matrix.EPOCHS + 1)
+        ]
+        return str(matrix.judge(layers))
+
+    due = {name: turn for turn, name in enumerate(order)}
+    assert trained(due) == "runs"
+    assert "moved in epoch 2" in trained({**due, "backbone.embed.w": 2})
+    assert "`backbone.blocks.0.*` didn't move in epoch 2" in trained(
+        {**due, "backbone.blocks.0.w": 3}
+    )
