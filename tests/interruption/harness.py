@@ -145,17 +145,15 @@ class Save(ModelCheckpoint):
         self._save_last_checkpoint(trainer, candidates)
 
 
-def callbacks(
-    place: Place, *first: Callback, every: int = 1, save_last: Any = True
-) -> list[Callback]:
-    """All of ours, with files, and what saves a checkpoint every few steps."""
+def callbacks(place: Place, *first: Callback, save: Callback) -> list[Callback]:
+    """All of ours, with files, and what saves checkpoints."""
     return [
         *first,
         GradualUnfreeze(start=6, every=9, unit="step", lr_decay=0.5),  # the input layer never
         ReinitTopLayers(1, seed=3),
         TrainableParamAudit(table=False, dead_after=2, report=place.report, certificate=True),
         FixedDropout(),
-        Save(place, every, save_last),
+        save,
     ]
 
 
@@ -164,15 +162,36 @@ def model() -> Toy:
     return made
 
 
+def prepared(
+    place: Place,
+    *first: Callback,
+    every: int = 1,
+    save_last: Any = True,
+    save: Callback | None = None,
+    **options: Any,
+) -> tuple[Trainer, Toy]:
+    """A trainer and its model; options are those of the trainer."""
+    made = callbacks(place, *first, save=save or Save(place, every, save_last))
+    return trainer(*made, epochs=EPOCHS, enable_checkpointing=True, **options), model()
+
+
+def fit(run: Trainer, module: Toy, ckpt_path: str | Path | None = "last") -> None:
+    """From the last checkpoint on, if there is one."""
+    run.fit(module, loader(), loader(seed=2), ckpt_path=ckpt_path)
+
+
+def outcome(run: Trainer, module: Toy) -> dict[str, Any]:
+    """What a training came to: weights, optimizer state and groups, lrs, flags, modes."""
+    return {"weights": state(module), **everything(run, module)}
+
+
 def fit_to_the_end(
     place: Place, *first: Callback, ckpt_path: str | Path | None = "last", **options: Any
 ) -> None:
-    """Train, from the last checkpoint on if there is one, and keep what it came to."""
-    module = model()
-    made = callbacks(place, *first, **options)
-    run = trainer(*made, epochs=EPOCHS, enable_checkpointing=True)
-    run.fit(module, loader(), loader(seed=2), ckpt_path=ckpt_path)
-    torch.save({"weights": state(module), **everything(run, module)}, place.end)
+    """Train and keep what it came to."""
+    run, module = prepared(place, *first, **options)
+    fit(run, module, ckpt_path)
+    torch.save(outcome(run, module), place.end)
 
 
 def quietly() -> None:
@@ -181,7 +200,13 @@ def quietly() -> None:
     warnings.filterwarnings("error", message=".*couldn't be written")
 
 
-def live(place: Place, pipe: int, prepare: Callable[[], Any], options: dict[str, Any]) -> None:
+def live(
+    place: Place,
+    pipe: int,
+    prepare: Callable[[], Any] = lambda: None,
+    first: tuple[Callback, ...] = (),
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
     """What a training process does."""
     try:
         prepare()
@@ -193,7 +218,7 @@ def live(place: Place, pipe: int, prepare: Callable[[], Any], options: dict[str,
             os.write(pipe, what.encode())
 
         say(BORN)
-        fit_to_the_end(place, Tell(say), **options)
+        fit_to_the_end(place, Tell(say), *first, **options)
     except BaseException:
         place.log.write_text(traceback.format_exc())
         raise
@@ -240,7 +265,7 @@ def one_life(
     place: Place,
     plan: Plan | None = None,
     usual: Mapping[str, float] = MappingProxyType({}),
-    *,
+    *first: Callback,
     prepare: Callable[[], Any] = lambda: None,
     **options: Any,
 ) -> Life:
@@ -250,11 +275,12 @@ def one_life(
         place: its files.
         plan: when to kill; the process runs to its end without one.
         usual: how long what it does takes, in seconds.
+        first: callbacks that come before the others.
         prepare: called in the process before anything else.
         options: of `fit_to_the_end`.
     """
     reader, writer = os.pipe()
-    process = start_process(live, place, writer, prepare, options)
+    process = start_process(live, place, writer, prepare, first, options)
     os.close(writer)
     life, seen, before = Life(), 0, time.monotonic()
     with os.fdopen(reader, "rb", buffering=0) as pipe:

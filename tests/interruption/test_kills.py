@@ -104,7 +104,7 @@ def test_a_fresh_interpreter_with_hashes_of_its_own_goes_on_exactly(
     code = (
         "import sys; from pathlib import Path; import tests.conftest; "
         "from tests.interruption.harness import Place, live; "
-        "live(Place(Path(sys.argv[1])), 1, lambda: None, {})"
+        "live(Place(Path(sys.argv[1])), 1)"
     )
     for seed, batches in (("1", 7), ("2", 7), ("3", STEPS + 1)):
         with subprocess.Popen(
