@@ -6,9 +6,11 @@ import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Union
@@ -20,6 +22,12 @@ from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.layers import LayerGroup, groups_of
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import learning_rates, listed, whole_groups
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +281,8 @@ def write_whole(path: Union[str, Path], content: bytes) -> Path:
     """Write a file whole or not at all: to a temporary file beside it, then renamed.
 
     `~` is the home folder, and a link stays one: what it points to is written. What isn't a file,
-    such as `/dev/stdout` or a pipe, is written to as it is, and never replaced.
+    such as `/dev/stdout` or a pipe, is written to as it is, and never replaced. Temporary files of
+    `path` that killed processes have left are removed.
     """
     named = Path(os.path.expanduser(path))
     stream = _stream_at(named)
@@ -283,18 +292,57 @@ def write_whole(path: Union[str, Path], content: bytes) -> Path:
         return named
     target = Path(os.path.realpath(named))
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
+    _clear_up(target)
+    with _temporary(target) as (handle, temporary):
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
+    return named
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[tuple[int, str]]:
+    """A new file beside another one, locked until it has its name, so that nobody clears it up."""
+    while True:
+        handle, temporary = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
+        held = None if fcntl is None else os.dup(handle)  # Windows renames no open file
+        if held is None or not _lock(held, wait=True) or os.fstat(held).st_nlink:
+            break
+        os.close(handle)  # cleared up between its making and its locking
+        os.close(held)
+    try:
+        yield handle, temporary
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return named
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _clear_up(target: Path) -> None:
+    """Remove temporary files of a target that no living process has locked."""
+    ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.part")
+    with suppress(OSError):
+        for name in filter(ours.fullmatch, os.listdir(target.parent)):
+            path = target.parent / name
+            with suppress(OSError), path.open("rb") as file:
+                if _lock(file.fileno(), wait=False):
+                    path.unlink()
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Lock an open file; False where that is impossible, or another process has locked it."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 def _stream_at(path: Path) -> BinaryIO | None:

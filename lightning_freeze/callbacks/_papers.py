@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_freeze.audit.record import Record
@@ -55,7 +56,11 @@ class Papers:
     def _certificate_path(self, trainer: Trainer) -> Path | None:
         if isinstance(self._certificate, Path):
             return self._certificate
-        folder = getattr(trainer.checkpoint_callback, "dirpath", None)
+        # what saves once after an error is one of them, too
+        savers = sorted(
+            trainer.checkpoint_callbacks, key=lambda s: not isinstance(s, ModelCheckpoint)
+        )
+        folder = getattr(savers[0], "dirpath", None) if savers else None
         if not self._certificate or not folder or "://" in str(folder):
             return None
         return Path(folder) / "certificate.json"

@@ -375,7 +375,14 @@ class TrainableParamAudit(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more, behind the other callbacks' last hooks, and report."""
-        run = self._run
+        session, run = self._session, self._run
+        if run is None and session is not None and session.index is not None:
+            # resumed with nothing left to train, which skips the hooks of training: the fit may
+            # have been killed before it reported
+            self._ended = True
+            self._begin(trainer, pl_module, session)
+            self._first_check(trainer)
+            run = self._run
         if run is None:
             return
         try:
