@@ -41,6 +41,7 @@ def rewrap(strategy: Any) -> bool:
 
     The reducer collects what requires a gradient when it is built: what unfreezes later would
     never be averaged, and the replicas would drift apart in silence (Lightning issue 20340).
+    A communication hook stays, whoever registered it.
 
     Args:
         strategy: the trainer's; anything but a DDPStrategy is left alone.
@@ -50,15 +51,32 @@ def rewrap(strategy: Any) -> bool:
     """
     if not any(base.__name__ == "DDPStrategy" for base in type(strategy).__mro__):
         return False
-    if not isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+    wrapped = strategy.model
+    if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return False
     module = strategy.lightning_module
     for parameter in module.parameters():
         parameter.grad = None  # a gradient may be a view into the old reducer's buckets
     strategy.model = module
     strategy._pl_static_graph_delay_done = False
+    hooks = list(getattr(wrapped, "_comm_hooks", ()))
+    for state in [getattr(strategy, "_ddp_comm_state", None), *(state for _, state in hooks)]:
+        _forget_buckets(state)
     strategy.configure_ddp()
+    if not getattr(strategy.model, "_comm_hooks", True):  # else the strategy registers its own
+        for hook, state in hooks:
+            strategy.model.register_comm_hook(state, hook)
     return True
+
+
+def _forget_buckets(state: Any) -> None:
+    """PowerSGD remembers matrices in the shapes of buckets that there are no more."""
+    memories = [getattr(state, f"{name}_dict", None) for name in ("error", "p_memory", "q_memory")]
+    if all(isinstance(memory, dict) for memory in memories):
+        for memory in memories:
+            memory.clear()  # type: ignore[union-attr]
+        # the reducer forms its buckets once more after its first step
+        state.iter = min(state.iter, max(state.start_powerSGD_iter - 2, 0))
 
 
 def rank() -> int:

@@ -18,8 +18,8 @@ from lightning_freeze.callbacks._papers import check_writable
 from lightning_freeze.callbacks.reinit_top_layers import ReinitTopLayers
 from lightning_freeze.certificate import read_certificate
 from lightning_freeze.errors import ArgumentError
-from tests.callbacks.test_ddp import OwnData
 from tests.catalogue.harness import Do, audited
+from tests.ranks.fits import OwnData
 from tests.toys import Toy, changed, loader, seeded, state, trainer
 
 
