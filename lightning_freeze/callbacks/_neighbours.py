@@ -128,3 +128,10 @@ def averages_of(trainer: Trainer, *, ended: bool) -> list[Average]:
                 written = ended or trainer.current_epoch > callback.swa_end
                 found.append(Average(type(callback).__name__, value, used, written))
     return found
+
+
+def batches_per_step(trainer: Trainer) -> int:
+    """Batches after which Lightning steps the optimizer; 0 where the module decides."""
+    if not trainer.lightning_module.automatic_optimization or trainer.fit_loop._skip_backward:
+        return 0
+    return trainer.accumulate_grad_batches

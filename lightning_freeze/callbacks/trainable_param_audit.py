@@ -25,7 +25,7 @@ from lightning_freeze.callbacks._chronicle import Chronicle
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, saved_state, start
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
-from lightning_freeze.callbacks._neighbours import averages_of, who_runs
+from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.distributed import from_all_ranks
@@ -263,7 +263,7 @@ class TrainableParamAudit(Callback):
             averages=lambda: averages_of(trainer, ended=self._ended),
             who=lambda after, before: who_runs(trainer, self, after, before),
             reduced=lambda: self._wrapped if trainer.world_size > 1 else (),
-            batches_per_step=lambda: _batches_per_step(trainer),
+            batches_per_step=lambda: batches_per_step(trainer),
         )
 
     def _first_check(self, trainer: Trainer) -> None:
@@ -446,10 +446,3 @@ class TrainableParamAudit(Callback):
             The matplotlib figure.
         """
         return self._record.plot(None if path is None else Path(path))
-
-
-def _batches_per_step(trainer: Trainer) -> int:
-    """Batches after which Lightning steps the optimizer; 0 where the module decides."""
-    if not trainer.lightning_module.automatic_optimization or trainer.fit_loop._skip_backward:
-        return 0
-    return trainer.accumulate_grad_batches
