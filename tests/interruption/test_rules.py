@@ -277,3 +277,15 @@ def test_a_warm_start_from_a_later_phase_begins_with_the_first(
     assert watch.trained == {"head.weight", "head.bias"}
     assert same(saved["backbone.embed.weight"], model.backbone.embed.weight)
     assert watching.findings == []
+
+
+def test_each_row_of_the_documentation_is_a_test() -> None:
+    folder = Path(__file__).parents[1]
+    text = (folder.parent / "docs" / "resuming.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
+    told = [row.rsplit("|", 2)[1].strip() for row in rows]
+    names = {name.strip("`") for name in told if name != "Test"}
+    sources = [*Path(__file__).parent.glob("test_*.py"), folder / "callbacks/test_oracle_resume.py"]
+    code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    assert len(names) > 20
+    assert {name for name in names if f"def {name}(" not in code} == set()
