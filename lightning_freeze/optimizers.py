@@ -184,6 +184,13 @@ class OptimizerGroups:
             for optimizer in self.optimizers
         ]
 
+    def factors(self) -> list[list[float]]:
+        """The factor on the learning rate of each group of each optimizer."""
+        return [
+            [float(group.get(FACTOR, 1.0)) for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
+
 
 def listed(given: Any) -> list[Optimizer]:
     """Optimizers as people hand them over: one, several, or what `configure_optimizers` returns.

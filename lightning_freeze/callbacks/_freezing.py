@@ -88,10 +88,34 @@ class FreezingCallback(_session.Freezing):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take the mode guards off the model; give back what a fit that never started claimed."""
+        """Take the mode guards off the model; give back what a fit that never started claimed.
+
+        What torch and Lightning say of a checkpoint that doesn't fit gets a note on what to do.
+        """
+        if trainer.ckpt_path is not None:
+            _advise(exception)
         if self._session is not None:
             self._session.give_back(pl_module)
             self._session.stop()
+
+
+# part of what torch and Lightning say -> what they don't
+_ADVICE = {
+    "in loading state_dict for": "The checkpoint is of a model with other tensors. Build the model "
+    "as the run that wrote it did, or load the weights that fit, "
+    '`model.load_state_dict(torch.load(path)["state_dict"], strict=False)`, and `fit` without '
+    "`ckpt_path`.",
+    "checkpoint contains only the model": "Load its weights alone: "
+    "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`. The schedule begins anew.",
+}
+
+
+def _advise(exception: BaseException) -> None:
+    for said, advice in _ADVICE.items():
+        known = getattr(exception, "__notes__", ())
+        # Python 3.10 has no notes
+        if said in str(exception) and advice not in known and hasattr(exception, "add_note"):
+            exception.add_note(advice)
 
 
 def by_tuner(trainer: Trainer) -> bool:

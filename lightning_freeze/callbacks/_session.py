@@ -286,16 +286,20 @@ class Session:
         return found
 
     def state(self, callback: Any) -> dict[str, Any]:
-        """What a callback saves: its stage, and the layout that the optimizer state has."""
+        """What a callback saves: its stage, and what the optimizer state in the file is for."""
         if callback not in self.stages or self.groups is None:
             return {}
-        state = {"stage": self.stages[callback], "layout": self.groups.layout()}
+        state = {
+            "stage": self.stages[callback],
+            "layout": self.groups.layout(),
+            "factors": self.groups.factors(),
+        }
         return {**state, "idle": self.groups.idle()} if self.sharded is not None else state
 
     def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
         assert self.groups is not None
+        layout, factors = self.groups.layout(), self.groups.factors()
         for callback, saved in resumed.items():
-            layout = self.groups.layout()
             if saved.get("layout") not in (None, layout):
                 raise ResumeError(
                     f"The checkpoint doesn't fit {label(callback)}: its optimizer groups hold "
@@ -303,6 +307,15 @@ class Session:
                     "model or `configure_optimizers` have changed since. Use the arguments of the "
                     "run that wrote it, or load its weights alone: `Model.load_from_checkpoint("
                     "path)` and `fit` without `ckpt_path`."
+                )
+            # torch would take those of the checkpoint, and say nothing
+            if saved.get("factors") not in (None, factors):
+                raise ResumeError(
+                    f"The checkpoint doesn't fit {label(callback)}: it has the factors "
+                    f"{saved['factors']} on the learning rates of its groups, and this run "
+                    f"{factors}. Use the `lr_decay` and `lr_scale` of the run that wrote it, or "
+                    "load its weights alone: `Model.load_from_checkpoint(path)` and `fit` without "
+                    "`ckpt_path`."
                 )
 
     def give_back(self, module: LightningModule) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
-from lightning_freeze.callbacks._freezing import key_of
+from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
 from lightning_freeze.distributed import check_supported
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import discover
@@ -22,6 +23,8 @@ from lightning_freeze.selectors import as_selectors, describe, select
 
 class ReinitTopLayers(Callback):
     """Re-initialise the top blocks of the backbone before training, never on a resume.
+
+    Where a resume's checkpoint comes from a run without it, a warning says that it did nothing.
 
     Pretrained top layers are often too specialised: a fresh start for the top 1 to 6 layers of
     BERT and for its pooler makes fine-tuning on few samples better and steadier (Zhang et al.
@@ -68,6 +71,7 @@ class ReinitTopLayers(Callback):
                 'Write `ReinitTopLayers(3)`, or `ReinitTopLayers(params=["bert.pooler"])`.'
             )
         self._deferred = False
+        self._done: tuple[str, ...] = ()
 
     @property
     def state_key(self) -> str:
@@ -113,6 +117,33 @@ class ReinitTopLayers(Callback):
         if not self._deferred and not trainer.global_step:
             self._reinit(trainer, pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Names of what was re-initialised, so that a resume knows."""
+        return {"reinitialised": list(self._done)} if self._done else {}
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """On a resume, whose weights stay: say so where they never had a fresh start."""
+        if trainer.state.fn != TrainerFn.FITTING or by_tuner(trainer):
+            return
+        check_layout(trainer, checkpoint)
+        saved = saved_state(self, trainer, checkpoint) or {}
+        self._done = tuple(saved.get("reinitialised", ()))
+        wanted = self.reinit_names(ModelIndex.of(pl_module))
+        missed = [name for name in wanted if name not in self._done]
+        session = _session.session_of(trainer)
+        if session is not None:
+            session.fresh -= frozenset(missed)
+        if missed:
+            many = f" and {len(missed) - 1} more" if missed[1:] else ""
+            rank_zero_warn(
+                f"`{_session.label(self)}` gives nothing a fresh start on a resume, and the run "
+                f"that wrote the checkpoint gave none to `{missed[0]}`{many}: the checkpoint's "
+                "weights stay. Load them alone to re-initialise: "
+                "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
+            )
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Re-initialise a model that is made in `configure_model`, unless this is a resume.
 
@@ -133,6 +164,7 @@ class ReinitTopLayers(Callback):
             drawn = int(torch.randint(0, 2**31, ()).item())
         seed = int(trainer.strategy.broadcast(drawn))
         reinit_names(index, names, init=self.init, seed=seed)
+        self._done = names
         session = _session.session_of(trainer)
         if session is not None:
             session.fresh |= frozenset(names)

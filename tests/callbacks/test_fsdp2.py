@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
-from tests.callbacks.test_ddp import OwnData
+from tests.ranks.fits import OwnData
 from tests.toys import Block, same, seeded, trainer
 
 EPOCHS = 4
