@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
 
-from lightning_freeze.errors import UnsupportedError
+from lightning_freeze.errors import ConflictError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -81,17 +83,56 @@ def _forget_buckets(state: Any) -> None:
 
 def rank() -> int:
     """This process's rank, 0 without torch.distributed."""
-    return dist.get_rank() if _several() else 0
+    return dist.get_rank() if several() else 0
 
 
 def from_all_ranks(item: T) -> list[T]:
     """One picklable object from each rank, in the order of ranks; a list of one on one process."""
-    if not _several():
+    if not several():
         return [item]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, item)
     return found
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def agree(told: Mapping[str, str], otherwise: str) -> None:
+    """Raise on every rank if the ranks hold different things of a tensor.
+
+    Args:
+        told: name of a tensor -> what this rank holds of it, as "is frozen".
+        otherwise: what a rank holds of a tensor that it doesn't name.
+
+    Raises:
+        ConflictError: with the tensors, and what each rank holds of them.
+    """
+    short = blake2b(repr(sorted(told.items())).encode(), digest_size=16).digest()
+    if len(set(from_all_ranks(short))) == 1:
+        return
+    each = from_all_ranks(dict(told))
+    differing: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for names in each for name in names):
+        held: dict[str, list[str]] = {}
+        for number, names in enumerate(each):
+            held.setdefault(names.get(name, otherwise), []).append(str(number))
+        if len(held) > 1:
+            text = ", ".join(f"{what} on {_numbered(ranks)}" for what, ranks in held.items())
+            differing.setdefault(text, []).append(name)
+    raise ConflictError(
+        "The ranks don't agree on what trains. "
+        + " ".join(f"{_some(names)} {text}." for text, names in differing.items())
+        + " Give every rank the same callbacks with the same arguments."
+    )
+
+
+def _numbered(ranks: list[str]) -> str:
+    return f"rank{'s' if ranks[1:] else ''} {', '.join(ranks)}"
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    listed = ", ".join(f"`{name}`" for name in names[:most])
+    return f"{listed} and {len(names) - most} more:" if names[most:] else f"{listed}:"

@@ -98,6 +98,19 @@ class UnfreezeSchedule:
             lr_scale=self.lr_scale,
         )
 
+    def tell(self) -> dict[str, str]:
+        """Name -> from when it trains, in words, of all that is governed."""
+        first = {name: stage.at for stage in reversed(self.stages) for name in stage.trainable}
+        unit = "stage" if self.unit == "metric" else self.unit
+        told = {}
+        for name in self.governed:
+            at = first.get(name)
+            when = f"trains from {unit} {at}" if at else "trains from the start"
+            scale = self.lr_scale.get(name, 1.0)
+            rate = f" at {scale:.6g} of the rate" if scale != 1.0 else ""
+            told[name] = "stays frozen" if at is None else when + rate
+        return told
+
     @property
     def never(self) -> frozenset[str]:
         """Names that no stage ever unfreezes."""

@@ -19,7 +19,7 @@ from lightning_freeze import apply, optimizers
 from lightning_freeze.callbacks._precision import check_scaler
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
-from lightning_freeze.distributed import check_supported, rewrap
+from lightning_freeze.distributed import agree, check_supported, rewrap, several
 from lightning_freeze.errors import FreezeError, ResumeError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.plan import FreezePlan, merge
@@ -74,6 +74,7 @@ class Session:
         self._wrapped_with: Mapping[str, bool] = {}
         self._first_trained: bytes | None = None
         self._snapshot: apply.Snapshot | None = None
+        self._agreed = -1
 
     @property
     def managed(self) -> bool:
@@ -170,6 +171,8 @@ class Session:
         self.index = ModelIndex.of(module)
         try:
             claimed = self._resolve(trainer, self.index)
+            if several():
+                agree(self._history(claimed), "is under no freezing callback")
             if not self.managed:
                 self.plan = FreezePlan(frozen=self._before)
                 self._settle()
@@ -213,6 +216,7 @@ class Session:
             cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
             for cb, schedule in self.schedules.items()
         }
+        self._agree(stages, -1)
         self._switch(trainer, stages)
         self._check_layout(resumed)
         for saved in resumed.values():
@@ -224,11 +228,32 @@ class Session:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
         stages = {cb: cb.stage(schedule, epoch, step) for cb, schedule in self.schedules.items()}
+        if stages != self.stages or epoch != self._agreed:
+            self._agree(stages, epoch)
         if stages != self.stages:
             self._check_direction(stages)
             self._switch(trainer, stages)
         else:
             self.applier.reassert()
+
+    def _history(self, claimed: frozenset[str]) -> dict[str, str]:
+        """Name -> from when it trains, for the other ranks; empty where no callback freezes."""
+        assert self.index is not None
+        if not self.managed:
+            return {}
+        told = dict.fromkeys(self.index.parameters, "")
+        for schedule in self.schedules.values():
+            for name, text in schedule.tell().items():
+                told[name] += f" and {text}" if told[name] else text
+        told |= dict.fromkeys(self._before - claimed, "was frozen before the fit")
+        return {name: text or "trains from the start" for name, text in told.items()}
+
+    def _agree(self, stages: Mapping[Any, int], epoch: int) -> None:
+        """Each epoch and before each change: a rank that moved alone would wait for ever."""
+        self._agreed = epoch
+        if several():
+            frozen = sorted(self._merged(stages).frozen)
+            agree(dict.fromkeys(frozen, "is frozen"), "trains")
 
     def _check_direction(self, stages: Mapping[Any, int]) -> None:
         """A resume with a later schedule would freeze again what has begun to train."""

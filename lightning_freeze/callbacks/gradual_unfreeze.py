@@ -294,7 +294,7 @@ class GradualUnfreeze(FreezingCallback):
         """Before the first batch: a validation metric that validation doesn't log is a mistake."""
         if self.monitor is None or not self.monitor.startswith(("val", "dev", "eval")):
             return
-        if self.monitor not in trainer.callback_metrics:
+        if not any(from_all_ranks(self.monitor in trainer.callback_metrics)):
             raise missing_metric(self.monitor, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -307,19 +307,16 @@ class GradualUnfreeze(FreezingCallback):
         if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = trainer.callback_metrics.get(self.monitor)
-        last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        if value is not None and value is not self._seen_before and last:
-            self._feed(trainer, value)
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._feed(trainer, None if value is self._seen_before else value)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read a training metric."""
         epoch = trainer.current_epoch
         if self.monitor is None or self._fed >= epoch or self._done():
             return
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is not None:
-            self._feed(trainer, value)
-        elif self._trained and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
+        fed = self._feed(trainer, trainer.callback_metrics.get(self.monitor))
+        if not fed and self._trained and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
             raise missing_metric(self.monitor, trainer)
         self._trained = False
 
@@ -329,10 +326,17 @@ class GradualUnfreeze(FreezingCallback):
             return True
         return self._clock.stage >= len(session.schedules[self].stages) - 1
 
-    def _feed(self, trainer: Trainer, value: Any) -> None:
+    def _feed(self, trainer: Trainer, value: Any) -> bool:
+        """Go by the mean over the ranks that logged a value, so that none moves alone.
+
+        Returns:
+            Whether any did.
+        """
         if self._fed >= trainer.current_epoch:
-            return
-        self._fed = trainer.current_epoch
-        # one value for all ranks, so that none moves alone
-        values = from_all_ranks(float(value))
-        self._clock = self._clock.feed(sum(values) / len(values))
+            return True
+        told = from_all_ranks(None if value is None else float(value))
+        values = [each for each in told if each is not None]
+        if values:
+            self._fed = trainer.current_epoch
+            self._clock = self._clock.feed(sum(values) / len(values))
+        return bool(values)

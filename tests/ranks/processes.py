@@ -20,7 +20,7 @@ class Outcome:
     error: str = ""
 
 
-def on_ranks(act: Callable[[int], Any], ranks: int = 2, seconds: float = 60.0) -> list[Outcome]:
+def on_ranks(act: Callable[[int], Any], ranks: int = 2, seconds: float = 30.0) -> list[Outcome]:
     """What `act(rank)` comes to on each rank; an error of a rank doesn't end the others.
 
     A Trainer in it takes `strategy="ddp"` and as many devices: it finds itself launched already.
