@@ -167,9 +167,13 @@ def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
         if restores_late(trainer) and session.groups is not None:
 
             def resume(saved: Mapping[str, Any]) -> None:
-                for callback in ours:
-                    callback.on_load_checkpoint(trainer, module, {"callbacks": dict(saved)})
-                session.resume(trainer, {cb: cb._loaded for cb in ours if cb._loaded})
+                try:
+                    for callback in ours:
+                        callback.on_load_checkpoint(trainer, module, {"callbacks": dict(saved)})
+                    session.resume(trainer, {cb: cb._loaded for cb in ours if cb._loaded})
+                except BaseException:
+                    session.undo()
+                    raise
                 session.apart = frozenset()  # all ranks load the same
 
             session.sharded = ShardedCheckpoints(trainer.strategy, session.groups, resume)

@@ -123,8 +123,13 @@ class Session:
         if self.index.parameters.keys() == self._wrapped_with.keys():
             self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
         self._wrapped_with = {}
-        self._snapshot = None
         self.index.forget()
+
+    def undo(self) -> None:
+        """The fit can't start: flags and modes as they were before `setup`."""
+        self.stop()
+        if self._snapshot is not None and self.index is not None:
+            self._snapshot.restore(self.index)
 
     def _warn_blocked(self) -> None:
         """A schedule whose every later stage names only what the user froze by hand."""
@@ -194,9 +199,7 @@ class Session:
             self.resume(trainer, resumed)
             self._settle()
         except BaseException:
-            self.stop()
-            if self._snapshot is not None:
-                self._snapshot.restore(self.index)
+            self.undo()
             raise
 
     def resume(self, trainer: Trainer, resumed: Mapping[Any, Any]) -> None:

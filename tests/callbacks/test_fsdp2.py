@@ -144,6 +144,8 @@ def _rank(rank: int, port: int, ranks: int, how: dict[str, Any]) -> None:
         if "log" not in how:
             raise
         (how["log"] / f"{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        torch.save((frozen, model.backbone.training), how["log"] / f"{rank}.left")
 
 
 def fit(make: Callable[[], Net], *callbacks: Callback, ranks: int = 2, **how: Any) -> None:
@@ -255,3 +257,4 @@ def test_another_schedule_is_refused_before_anything_is_loaded(tmp_path: Path) -
     told = [file.read_text() for file in sorted(tmp_path.glob("*.txt"))]
     assert len(told) == 2
     assert all(text.startswith("ResumeError: The checkpoint doesn't fit") for text in told)
+    assert [torch.load(tmp_path / f"{rank}.left") for rank in range(2)] == [([], True)] * 2
