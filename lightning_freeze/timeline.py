@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Union
 
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.report import write_whole
+from lightning_freeze.files import write_whole
 
 _FROZEN = "#e4e4e4"
 
