@@ -124,8 +124,8 @@ def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) ->
     - "written since": `from_pretrained` loaded it, and something wrote to it later;
     - "new": it is missing in the checkpoint, so it was newly initialised ("new or written since"
       where it may have been trained or loaded later);
-    - "re-initialised": by `reinit` or `ReinitTopLayers` ("re-initialised and changed since" where it
-      has other bytes than it was given then);
+    - "re-initialised": by `reinit` or `ReinitTopLayers` ("re-initialised and changed since" where
+      it has other bytes than it was given then);
     - "other shape": the checkpoint has it in another shape;
     - "in the checkpoint": name and shape fit, but there are no bytes to compare (meta device,
       shards, or what transformers puts together from several tensors);

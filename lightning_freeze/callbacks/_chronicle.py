@@ -8,6 +8,9 @@ from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._session import Session
 from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.origin.find import find_origins
+from lightning_freeze.origin.frozen import never_learns
+from lightning_freeze.origin.states import Origins
 from lightning_freeze.report import Summary, rows_of
 from lightning_freeze.timeline import Moment
 
@@ -55,8 +58,14 @@ class Chronicle:
         return now
 
     def _summary(self, trainer: Trainer, session: Session, run: AuditRun, title: str) -> Summary:
-        rows = rows_of(run.ledger.index, self._record.groups, trainer.optimizers)
-        notes: list[str] = []
+        index = run.ledger.index
+        # later, weights are restored or trained; several ranks have written to each other's
+        begins = not trainer.global_step and trainer.ckpt_path is None
+        origins = find_origins(index) if begins else Origins()
+        shown = origins if trainer.world_size == 1 else None
+        rows = rows_of(index, self._record.groups, trainer.optimizers, shown)
+        later = (stage.trainable for s in session.schedules.values() for stage in s.stages)
+        notes = never_learns(index, origins, frozenset().union(*later))
         applier = session.applier
         if applier is not None and applier.woken and not trainer.global_step:
             woken = applier.woken

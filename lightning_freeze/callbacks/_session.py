@@ -22,6 +22,8 @@ from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import agree, check_supported, rewrap, several
 from lightning_freeze.errors import FreezeError, ResumeError
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.origin.find import find_origins
+from lightning_freeze.origin.frozen import untouched
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
@@ -100,6 +102,8 @@ class Session:
                 raise
             self.deferred = True
         self._warn_blocked()
+        if trainer.ckpt_path is None:
+            self._warn_random(index)
         self._snapshot = apply.Snapshot.of(index)
         if self.managed or self.deferred:
             apply.release(index, claimed)
@@ -152,6 +156,18 @@ class Session:
                 f"{f' and {len(useless) - 1} more' if useless[1:] else ''} random values, but they "
                 "stay frozen for the whole fit. Let them train: raise `trainable_layers`, or "
                 "name them in `trainable`."
+            )
+
+    def _warn_random(self, index: ModelIndex) -> None:
+        """What was in no checkpoint, and is frozen all the same: it can't learn."""
+        never = frozenset().union(*(s.never for s in self.schedules.values()))
+        frozen = [name for name in index.parameters if name in never]
+        if frozen and (new := untouched(index, find_origins(index), frozen)):
+            rank_zero_warn(
+                f"`{new[0]}`{f' and {len(new) - 1} more' if new[1:] else ''} stay frozen for the "
+                "whole fit, but were missing in the checkpoint that `from_pretrained` read: they "
+                "hold random values. Let them train (name "
+                f"`{new[0].rpartition('.')[0]}` in `trainable`, or in the schedule), or load them."
             )
 
     def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:

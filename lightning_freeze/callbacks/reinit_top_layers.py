@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_freeze import renewed
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
@@ -130,8 +131,9 @@ class ReinitTopLayers(Callback):
         check_layout(trainer, checkpoint)
         saved = saved_state(self, trainer, checkpoint) or {}
         self._done = tuple(saved.get("reinitialised", ()))
-        wanted = self.reinit_names(ModelIndex.of(pl_module))
-        missed = [name for name in wanted if name not in self._done]
+        index = ModelIndex.of(pl_module)
+        missed = [name for name in self.reinit_names(index) if name not in self._done]
+        renewed.forget(index.tensors(missed))
         session = _session.session_of(trainer)
         if session is not None:
             session.fresh -= frozenset(missed)

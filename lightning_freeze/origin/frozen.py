@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -15,25 +15,34 @@ from lightning_freeze.sharded import is_sharded
 _FEW = 8
 
 
-def never_learns(index: ModelIndex, origins: Origins) -> tuple[str, ...]:
+def never_learns(index: ModelIndex, origins: Origins, spared: Collection[str] = ()) -> list[str]:
     """Notes on frozen tensors that hold what an init function wrote, and nothing else.
-
-    A head that is frozen by mistake stays random, and nothing fails. A tensor counts only where
-    its module shows that it was neither trained nor loaded since: one of its tensors was written
-    once, or its bias is all zeros, as init functions leave it.
 
     Args:
         index: the model.
         origins: where its tensors come from.
+        spared: names that something will unfreeze.
+    """
+    frozen = [n for n, p in index.parameters.items() if not p.requires_grad and n not in spared]
+    new = untouched(index, origins, frozen)
+    renewed = [name for name in frozen if origins[name].state == RENEWED]
+    kinds = ((new, "newly initialised"), (renewed, "re-initialised"))
+    return [_note(names, how) for names, how in kinds if names]
+
+
+def untouched(index: ModelIndex, origins: Origins, names: Collection[str]) -> list[str]:
+    """Those of some tensors that were newly initialised, and surely not written since.
+
+    A head that is frozen by mistake stays random, and nothing fails. A tensor counts only where
+    its module shows that it was neither trained nor loaded: one of its new tensors was written
+    once, or its bias is all zeros, as init functions leave it.
     """
     states = {name: origins[name].state for name in index.parameters}
     fresh = {n: p for n, p in index.parameters.items() if states[n] in (NEW, NEW_OR_WRITTEN)}
-    frozen = {n: p for n, p in index.parameters.items() if not p.requires_grad}
-    untouched = _untouched(fresh) if fresh.keys() & frozen.keys() else frozenset()
-    new = [name for name in frozen if name in fresh and name.rpartition(".")[0] in untouched]
-    renewed = [name for name in frozen if states[name] == RENEWED]
-    kinds = ((new, "newly initialised"), (renewed, "re-initialised"))
-    return tuple(_note(names, how) for names, how in kinds if names)
+    if fresh.keys().isdisjoint(names):
+        return []
+    modules = _untouched(fresh)
+    return [name for name in names if name in fresh and name.rpartition(".")[0] in modules]
 
 
 def _untouched(fresh: Mapping[str, Tensor]) -> frozenset[str]:
@@ -48,7 +57,7 @@ def _untouched(fresh: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _note(names: list[str], how: str) -> str:
+def _note(names: Sequence[str], how: str) -> str:
     if len(names) == 1:
         return (
             f"{names[0]} is {how} and frozen: it will never learn. Unfreeze it, or load its values."

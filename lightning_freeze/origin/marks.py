@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_freeze.origin.states import LOADED, NEW, NEW_OR_WRITTEN, WRITTEN, Origin
 from lightning_freeze.origin.tensors import Stored, versions
+from lightning_freeze.renewed import is_renewed
 
 _FLAG = "_is_hf_initialized"
 
@@ -39,7 +40,7 @@ def _of_one(tensors: Mapping[str, Tensor]) -> dict[str, Origin]:
     loaded = {name: tensor for name, tensor in tensors.items() if is_marked(tensor)}
     if not loaded:
         return {}
-    touched = any(versions(tensor) > 0 for tensor in loaded.values())
+    touched = any(versions(t) > 0 and not is_renewed(t) for t in loaded.values())
     writes = least_writes((n, t) for n, t in tensors.items() if n not in loaded)
     found: dict[str, Origin] = {}
     for name, tensor in tensors.items():
