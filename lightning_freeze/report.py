@@ -18,6 +18,10 @@ from lightning_freeze.origin.find import find_origins
 from lightning_freeze.origin.frozen import never_learns
 from lightning_freeze.origin.states import UNKNOWN, Origins
 
+_WIDTH = 110
+# with one column more, names should still stand on one line
+_WIDE = 130
+
 
 @dataclass(frozen=True)
 class Row:
@@ -253,7 +257,7 @@ def _render(summary: Summary, by: str) -> str:
         if with_origin:
             cells.append(_counted(map(_origin if by == "parameter" else _state, rows)))
         table.add_row(*cells)
-    lines = [to_text(table)]
+    lines = [to_text(table, _WIDE if with_origin and by == "parameter" else _WIDTH)]
     if by == "group":
         for row in summary.rows:
             if row.tied_to:
@@ -281,7 +285,7 @@ def _beside(summary: Summary, by: str) -> list[str]:
     return lines
 
 
-def to_text(table: Any, width: int = 110) -> str:
+def to_text(table: Any, width: int = _WIDTH) -> str:
     """A rich renderable as plain text."""
     from rich.console import Console
 

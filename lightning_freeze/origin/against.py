@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,12 +34,12 @@ class Against:
     Attributes:
         origins: name -> origin.
         unused: keys that the model has no tensor for.
-        note: what was compared with what.
+        notes: what was compared with what, and whether it was loaded at all.
     """
 
     origins: dict[str, Origin]
     unused: tuple[str, ...]
-    note: str
+    notes: tuple[str, ...]
 
 
 def against(stored: Stored, weights: Weights, at: str | None = None) -> Against:
@@ -74,7 +75,21 @@ def against(stored: Stored, weights: Weights, at: str | None = None) -> Against:
     if renamed:
         note += f"; it has other names for {len(renamed)} of them, such as {some(renamed, most=1)}"
     unused = tuple(key for key in weights.specs if not keys.names.get(key))
-    return Against({n: found[n] for n in stored.tensors if n in found}, unused, f"{note}.")
+    notes = [f"{note}."]
+    if _was_never_loaded(found, stored):
+        notes.append(
+            f"Nothing in the model has the bytes of {weights.path}, but what is constant: it was "
+            "never loaded, or all of it was trained since."
+        )
+    return Against({n: found[n] for n in stored.tensors if n in found}, unused, tuple(notes))
+
+
+def _was_never_loaded(found: Mapping[str, Origin], stored: Stored) -> bool:
+    """Whether only what init functions write, such as a norm's ones, is as in the checkpoint."""
+    same = [stored.tensors[name] for name, origin in found.items() if origin.state == LOADED]
+    return any(origin.state == CHANGED for origin in found.values()) and not any(
+        tensor.numel() > 1 and bool((tensor != tensor.flatten()[0]).any()) for tensor in same
+    )
 
 
 def _kind(weights: Weights) -> str:

@@ -70,7 +70,7 @@ def find_origins(index: ModelIndex, given: Any = None) -> Origins:
             weights = open_weights(source) if _is_path(source) else weights_in(source)
             compared = against(stored, weights, at)
             new, rest = compared.origins, compared.unused
-            notes.append(compared.note)
+            notes += compared.notes
         for name, origin in new.items():
             found[name] = better(found.get(name), origin)
         unused += [key for key in rest if key not in unused]

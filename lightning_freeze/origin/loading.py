@@ -88,11 +88,11 @@ def _place(stored: Stored, info: Info) -> str:
     fits = {p: sum(_absolute(name, p) in stored.plain for name in told) for p in candidates}
     most = max(fits.values())
     if told and not most:
+        names = some([f"`{name}`" for name in sorted(told)])
         raise ArgumentError(
-            f"`origin` is a loading info, but this model has none of the {len(told)} names that it "
-            f"calls missing, such as `{min(told)}`. Give the info that `from_pretrained` returned "
-            "with this model, or say which part it is about: "
-            '`origin={"path.of.the.part": info}`.'
+            "`origin` is a loading info, but this model has none of the tensors that it calls "
+            f"missing: {names}. Give the info that `from_pretrained` returned with this model, or "
+            'say which part it is about: `origin={"path.of.the.part": info}`.'
         )
     best = [path for path in candidates if fits[path] == most]
     parts = [path for path in best if path in stored.libraries]

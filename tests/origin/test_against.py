@@ -340,6 +340,16 @@ def test_nothing_is_changed_by_asking(saved: Path) -> None:
         assert torch.equal(parameter, value)
 
 
+def test_a_model_that_was_never_loaded_is_told_so(saved: Path) -> None:
+    loaded = t.BertForMaskedLM.from_pretrained(saved)
+    told = "it was never loaded, or all of it was trained since"
+    assert told not in str(summarize(loaded, origin=saved))
+    made = t.BertForMaskedLM(loaded.config)
+    assert told in str(summarize(made, origin=saved))
+    made.bert.encoder.layer[0].load_state_dict(loaded.bert.encoder.layer[0].state_dict())
+    assert told not in str(summarize(made, origin=saved))
+
+
 # Wrong questions
 
 
