@@ -55,21 +55,34 @@ class Watch(Callback):
         self.batches += 1
 
 
-def first(folder: Path, *callbacks: Callback, weights_only: bool = False) -> Path:
+def first(
+    folder: Path,
+    *callbacks: Callback,
+    weights_only: bool = False,
+    configure: Any = stepwise,
+    **options: Any,
+) -> Path:
     """Two epochs of four steps, and the checkpoint of their end."""
     save = ModelCheckpoint(
         folder, filename="first", save_on_train_epoch_end=True, save_weights_only=weights_only
     )
-    run = trainer(*callbacks, save, epochs=2, enable_checkpointing=True)
-    run.fit(seeded(lambda: Toy(stepwise)), loader(), loader(seed=2))
+    run = trainer(*callbacks, save, epochs=2, enable_checkpointing=True, **options)
+    run.fit(seeded(lambda: Toy(configure)), loader(), loader(seed=2))
     return folder / "first.ckpt"
 
 
-def second(path: Path, *callbacks: Callback, make: Any = Toy, blocks: int = 3) -> tuple[Watch, Toy]:
+def second(
+    path: Path,
+    *callbacks: Callback,
+    make: Any = Toy,
+    blocks: int = 3,
+    configure: Any = stepwise,
+    **options: Any,
+) -> tuple[Watch, Toy]:
     """Two epochs more."""
     watch = Watch()
-    model = seeded(lambda: make(stepwise, blocks=blocks))
-    run = trainer(*callbacks, watch, epochs=4)
+    model = seeded(lambda: make(configure, blocks=blocks))
+    run = trainer(*callbacks, watch, epochs=4, **options)
     try:
         run.fit(model, loader(), loader(seed=2), ckpt_path=path)
     except Exception:
