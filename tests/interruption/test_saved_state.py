@@ -92,7 +92,7 @@ class Renamed(Toy):
 def test_a_renamed_layer_goes_on_where_the_module_reads_its_older_name(tmp_path: Path) -> None:
     path = first(tmp_path, GradualUnfreeze(), audit())
     watching = audit()
-    watch, model = second(path, GradualUnfreeze(), watching, make=Renamed)
+    watch, _ = second(path, GradualUnfreeze(), watching, make=Renamed)
     saved = torch.load(path, weights_only=True)["state_dict"]
     older = {name.replace("top.", "head."): value for name, value in watch.start.items()}
     assert changed(saved, older) == set()
@@ -129,7 +129,7 @@ def test_a_state_of_an_older_version_that_says_less_goes_on(
 def test_a_state_without_a_stage_is_refused(tmp_path: Path, alter: Any) -> None:
     path = altered(first(tmp_path, GradualUnfreeze()), "Gradual", alter)
     with pytest.raises(
-        ResumeError, match="has no state of `Gradual|`stage` of `Gradual.* can't be"
+        ResumeError, match=r"has no state of `Gradual|`stage` of `Gradual.* can't be"
     ):
         second(path, GradualUnfreeze())
 
