@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -21,6 +21,7 @@ from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import agree, check_supported, rewrap, several
 from lightning_freeze.errors import FreezeError, ResumeError
+from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.origin.find import find_origins
 from lightning_freeze.origin.frozen import untouched
@@ -44,6 +45,7 @@ class Session:
     """The freezing side of one fit.
 
     Attributes:
+        of: the trainer.
         index: the model, from `on_fit_start` on.
         plan: what holds now.
         stages: callback -> number of its stage.
@@ -56,6 +58,7 @@ class Session:
     """
 
     def __init__(self) -> None:
+        self.of: ref[Trainer] | None = None
         self.entered: set[int] = set()
         self.started = False
         self.deferred = False
@@ -281,10 +284,12 @@ class Session:
                 continue
             schedule = self.schedules[callback]
             again = schedule.plan(stages[callback]).frozen - schedule.plan(saved).frozen
+            if not again:
+                continue
             raise ResumeError(
                 f"The checkpoint was written in stage {saved} of its schedule, and "
                 f"{label(callback)} would go back to stage {stages[callback]}: it would freeze "
-                f"{len(again)} parameters again, such as `{min(again, default='')}`. Use the "
+                f"{len(again)} parameters again, such as `{min(again)}`. Use the "
                 "schedule of the run that wrote it, or load its weights alone: "
                 "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
@@ -333,33 +338,18 @@ class Session:
         """What a callback saves: its stage, and what the optimizer state in the file is for."""
         if callback not in self.stages or self.groups is None:
             return {}
-        state = {
-            "stage": self.stages[callback],
-            "layout": self.groups.layout(),
-            "factors": self.groups.factors(),
-        }
+        state = {"stage": self.stages[callback], **Layout.of(self.groups).to_dict()}
         return {**state, "idle": self.groups.idle()} if self.sharded is not None else state
 
     def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
         assert self.groups is not None
-        layout, factors = self.groups.layout(), self.groups.factors()
+        layout = Layout.of(self.groups)
         for callback, saved in resumed.items():
-            if saved.get("layout") not in (None, layout):
+            differs = layout.difference(saved)
+            if differs:
                 raise ResumeError(
-                    f"The checkpoint doesn't fit {label(callback)}: its optimizer groups hold "
-                    f"{saved['layout']} tensors, those of this run {layout}. The callbacks, the "
-                    "model or `configure_optimizers` have changed since. Use the arguments of the "
-                    "run that wrote it, or load its weights alone: `Model.load_from_checkpoint("
-                    "path)` and `fit` without `ckpt_path`."
-                )
-            # torch would take those of the checkpoint, and say nothing
-            if saved.get("factors") not in (None, factors):
-                raise ResumeError(
-                    f"The checkpoint doesn't fit {label(callback)}: it has the factors "
-                    f"{saved['factors']} on the learning rates of its groups, and this run "
-                    f"{factors}. Use the `lr_decay` and `lr_scale` of the run that wrote it, or "
-                    "load its weights alone: `Model.load_from_checkpoint(path)` and `fit` without "
-                    "`ckpt_path`."
+                    f"The checkpoint doesn't fit {label(callback)}: {differs}, or load its weights "
+                    "alone: `Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
                 )
 
     def give_back(self, module: LightningModule) -> None:
@@ -383,6 +373,7 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Sess
     session = _sessions.get(trainer)
     if session is None or id(callback) in session.entered or session.started:
         session = Session()
+        session.of = ref(trainer)
         session.prepare(trainer, module)
         _sessions[trainer] = session
     session.entered.add(id(callback))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Union
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, one_of, positive, whole
+from lightning_freeze.callbacks._following import Following
 from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged, missing_metric
 from lightning_freeze.distributed import from_all_ranks
@@ -67,7 +68,7 @@ class GradualUnfreeze(FreezingCallback):
         monitor: a logged metric; the next groups unfreeze when it hasn't improved by `min_delta`
             for `patience` epochs.
         mode: "min" or "max": which way the metric improves.
-        patience: epochs without improvement.
+        patience: epochs with a value of the metric that bring no improvement.
         min_delta: the least change of the metric that counts as improvement.
         lr_decay: the learning rate of a group is yours times ``lr_decay ** distance`` from the
             top; ULMFiT (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146) uses 1/2.6.
@@ -136,11 +137,7 @@ class GradualUnfreeze(FreezingCallback):
                 '`monitor` decides once an epoch, so `unit="step"` has no meaning with it. Leave '
                 "one of them out."
             )
-        self._clock = self._new_clock()
-        self._fed = -1
-        self._seen_before: Any = None
-        # a resume from a validation at an epoch's end runs that end again, without a batch
-        self._trained = False
+        self._following = self._new_following()
 
     @property
     def state_key(self) -> str:
@@ -252,43 +249,42 @@ class GradualUnfreeze(FreezingCallback):
         index = ModelIndex.of(model)
         return SchedulePreview.of(index, self.resolve(index), self._layer_groups(index), max_epochs)
 
-    def _new_clock(self) -> MetricClock:
-        return MetricClock(self.mode, self.patience, self.min_delta)
+    def _new_following(self) -> Following | None:
+        if self.monitor is None:
+            return None
+        return Following(self.monitor, MetricClock(self.mode, self.patience, self.min_delta))
 
     def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
         """The number of the stage now: by the clock, or by the metric."""
-        if self.monitor is not None:
-            return min(self._clock.stage, len(schedule.stages) - 1)
+        if self._following is not None:
+            return min(self._following.clock.stage, len(schedule.stages) - 1)
         return super().stage(schedule, epoch, step)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
-        if trainer.state.fn == "fit":
-            self._clock = self._new_clock()
-            self._fed = -1
+        if trainer.state.fn == "fit" and not self.goes_on(trainer):
+            self._following = self._new_following()
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
         """The stage, and what the metric has been so far."""
         state = super().state_dict()
-        if state and self.monitor is not None:
-            state["metric"] = {**asdict(self._clock), "fed": self._fed}
+        if state and self._following is not None:
+            state["metric"] = self._following.state()
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what the metric has been so far."""
-        saved = dict(state.get("metric") or {})
-        if saved and self.monitor is not None:
-            self._fed = saved.pop("fed")
-            kept = {name: saved[name] for name in ("best", "waited", "stage")}
-            self._clock = replace(self._new_clock(), **kept)
+        if state.get("metric") and self._following is not None:
+            self._following.restore(state["metric"], self.state_key)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Unfreeze what is due."""
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._trained = True
+        if self._following is not None:
+            self._following.batch_starts(trainer)
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first batch: a validation metric that validation doesn't log is a mistake."""
@@ -299,44 +295,25 @@ class GradualUnfreeze(FreezingCallback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the metric, to see whether validation renews it."""
-        if self.monitor is not None and not trainer.sanity_checking:
-            self._seen_before = trainer.callback_metrics.get(self.monitor)
+        if self._following is not None and self._validating(trainer):
+            self._following.validation_starts(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read a validation metric here: a checkpoint may be saved before the epoch's end."""
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        value = trainer.callback_metrics.get(self.monitor)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._feed(trainer, None if value is self._seen_before else value)
+        """Read a validation metric."""
+        if self._following is not None and self._validating(trainer):
+            self._following.validation_ends(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read a training metric."""
-        epoch = trainer.current_epoch
-        if self.monitor is None or self._fed >= epoch or self._done():
-            return
-        fed = self._feed(trainer, trainer.callback_metrics.get(self.monitor))
-        if not fed and self._trained and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-            raise missing_metric(self.monitor, trainer)
-        self._trained = False
+        if self._following is not None and not self._done():
+            self._following.epoch_ends(trainer)
+
+    @staticmethod
+    def _validating(trainer: Trainer) -> bool:
+        return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def _done(self) -> bool:
         session = self._session
-        if session is None or self not in session.schedules:
+        if session is None or self._following is None or self not in session.schedules:
             return True
-        return self._clock.stage >= len(session.schedules[self].stages) - 1
-
-    def _feed(self, trainer: Trainer, value: Any) -> bool:
-        """Go by the mean over the ranks that logged a value, so that none moves alone.
-
-        Returns:
-            Whether any did.
-        """
-        if self._fed >= trainer.current_epoch:
-            return True
-        told = from_all_ranks(None if value is None else float(value))
-        values = [each for each in told if each is not None]
-        if values:
-            self._fed = trainer.current_epoch
-            self._clock = self._clock.feed(sum(values) / len(values))
-        return bool(values)
+        return self._following.clock.stage >= len(session.schedules[self].stages) - 1

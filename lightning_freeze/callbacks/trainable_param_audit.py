@@ -174,7 +174,7 @@ class TrainableParamAudit(Callback):
                 told = self._resumed.certificate.findings
                 self._record.findings = [Finding.from_dict(finding) for finding in told]
                 self._record.fresh = self._resumed.fresh
-            self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
+            self._record.moments = Moment.read(state.get("moments", ()))
             self._record.checks = state.get("checks", 0)
 
     def state_dict(self) -> dict[str, Any]:
