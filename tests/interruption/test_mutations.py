@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_freeze import GradualUnfreeze, ReinitTopLayers, apply, optimizers, report
+from lightning_freeze import GradualUnfreeze, ReinitTopLayers, apply, files, optimizers
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._following import Following
 from lightning_freeze.callbacks._freezing import FreezingCallback
@@ -343,7 +343,7 @@ def test_a_report_that_is_written_in_place_is_seen(tmp_path: Path) -> None:
     place = Place(tmp_path)
 
     def prepare() -> None:
-        report.write_whole = in_place  # type: ignore[assignment]
+        files.write_whole = in_place  # type: ignore[assignment]
 
     assert one_life(place, prepare=prepare).killed
     with pytest.raises(json.JSONDecodeError, match=r"Expecting|Unterminated|Invalid"):
@@ -354,7 +354,7 @@ def test_a_temporary_file_that_nobody_clears_up_is_seen(tmp_path: Path) -> None:
     place = Place(tmp_path)
 
     def prepare() -> None:
-        report._clear_up = lambda _: None  # type: ignore[assignment]
+        files._clear_up = lambda _: None  # type: ignore[assignment]
 
     deadly = die_at("replace", 1, of=str(place.report))
     assert one_life(place, prepare=lambda: (prepare(), deadly())).killed
