@@ -152,8 +152,8 @@ def test_ranks_with_other_selectors_raise_together(audited: bool) -> None:
         (
             lambda: [TrainableParamAudit(table=False)],
             lambda: [FreezeBackbone(), TrainableParamAudit(table=False)],
-            "The ranks have other callbacks: TrainableParamAudit(every='epoch', on_violation='raise') "
-            "on rank 0; FreezeBackbone(), TrainableParamAudit(",
+            "The ranks have other callbacks: TrainableParamAudit(every='epoch', "
+            "on_violation='raise') on rank 0; FreezeBackbone(), TrainableParamAudit(",
         ),
     ],
 )
