@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -86,13 +88,63 @@ def rank() -> int:
     return dist.get_rank() if several() else 0
 
 
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank sends instead of what the others wait for."""
+
+    text: str
+
+
 def from_all_ranks(item: T) -> list[T]:
-    """One picklable object from each rank, in the order of ranks; a list of one on one process."""
+    """One picklable object from each rank, in the order of ranks; a list of one on one process.
+
+    Raises:
+        ConflictError: another rank failed inside `together`.
+    """
     if not several():
         return [item]
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
+    try:
+        dist.all_gather_object(found, item)
+    except Exception as error:
+        raise known_to_all(error) from None  # there is nobody left to tell
+    for number, sent in enumerate(found):
+        if isinstance(sent, _Failed) and not isinstance(item, _Failed):
+            raise known_to_all(
+                ConflictError(f"Rank {number} can't go on, so no rank does. {sent.text}")
+            )
     return found
+
+
+@contextmanager
+def together(*, end: bool = True) -> Iterator[None]:
+    """Raise on every rank if one raises inside; else it alone would, and the others wait for it.
+
+    The rank that fails sends its error in place of what the others wait for: that is the next
+    `from_all_ranks` inside, or the one at the end. So nothing else may communicate inside.
+
+    Args:
+        end: whether the ranks wait for each other at the end. Where the inside ends with
+            `from_all_ranks`, and can't fail behind it, they have done so.
+
+    Raises:
+        ConflictError: on the ranks that didn't fail, with what the one that did has raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if several() and not getattr(error, "known_to_all_ranks", False):
+            known_to_all(error)
+            from_all_ranks(_Failed(f"{type(error).__name__}: {error}"))
+        raise
+    if end:
+        from_all_ranks(None)
+
+
+def known_to_all(error: Exception) -> Exception:
+    """Mark an error that every rank raises by itself, or that has been sent: `together` doesn't."""
+    vars(error)["known_to_all_ranks"] = True
+    return error
 
 
 def several() -> bool:
@@ -122,11 +174,33 @@ def agree(told: Mapping[str, str], otherwise: str) -> None:
         if len(held) > 1:
             text = ", ".join(f"{what} on {_numbered(ranks)}" for what, ranks in held.items())
             differing.setdefault(text, []).append(name)
-    raise ConflictError(
-        "The ranks don't agree on what trains. "
-        + " ".join(f"{_some(names)} {text}." for text, names in differing.items())
-        + " Give every rank the same callbacks with the same arguments."
+    raise known_to_all(
+        ConflictError(
+            "The ranks don't agree on what trains. "
+            + " ".join(f"{_some(names)} {text}." for text, names in differing.items())
+            + f" {_ADVICE}"
+        )
     )
+
+
+def agree_on_callbacks(mine: str) -> None:
+    """Raise on every rank if other callbacks communicate on one than on another.
+
+    Args:
+        mine: this rank's, in their order.
+
+    Raises:
+        ConflictError: with those of each rank.
+    """
+    each: dict[str, list[str]] = {}
+    for number, theirs in enumerate(from_all_ranks(mine)):
+        each.setdefault(theirs, []).append(str(number))
+    if len(each) > 1:
+        told = "; ".join(f"{theirs} on {_numbered(ranks)}" for theirs, ranks in each.items())
+        raise known_to_all(ConflictError(f"The ranks have other callbacks: {told}. {_ADVICE}"))
+
+
+_ADVICE = "Give every rank the same callbacks with the same arguments."
 
 
 def _numbered(ranks: list[str]) -> str:

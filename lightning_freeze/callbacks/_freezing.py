@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
+from lightning_freeze.distributed import together
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.selectors import Selector, describe
 
@@ -48,8 +49,11 @@ class FreezingCallback(_session.Freezing):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: find the state that this callback saved."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            with together():
+                self._take_up(trainer, checkpoint)
+
+    def _take_up(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         state = saved_state(self, trainer, checkpoint)
         if not state and by_tuner(trainer):
             return  # it was saved before anything was frozen

@@ -12,7 +12,7 @@ from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._papers import Papers
-from lightning_freeze.distributed import from_all_ranks, rank
+from lightning_freeze.distributed import from_all_ranks, known_to_all, rank
 
 
 class Judge:
@@ -44,7 +44,7 @@ class Judge:
             self._papers.write(trainer, run)
             if not alone:
                 from_all_ranks(None)  # the first to raise ends the others, also while they write
-            raise error_for(new)
+            raise known_to_all(error_for(new))
         return new
 
     def note(self, trainer: Trainer, run: AuditRun, seen: list[Seen]) -> None:

@@ -19,7 +19,14 @@ from lightning_freeze import apply, optimizers
 from lightning_freeze.callbacks._precision import check_scaler
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
-from lightning_freeze.distributed import agree, check_supported, rewrap, several
+from lightning_freeze.distributed import (
+    agree,
+    agree_on_callbacks,
+    check_supported,
+    rewrap,
+    several,
+    together,
+)
 from lightning_freeze.errors import FreezeError, ResumeError
 from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
@@ -192,6 +199,10 @@ class Session:
         if self.started:
             return
         self.started = True
+        with together():
+            self._start(trainer, module, resumed)
+
+    def _start(self, trainer: Trainer, module: LightningModule, resumed: Mapping[Any, Any]) -> None:
         self.index = ModelIndex.of(module)
         try:
             claimed = self._resolve(trainer, self.index)
@@ -305,8 +316,9 @@ class Session:
             listener(self, "before")
         self.stages = stages
         self.plan = self._merged(stages)
-        changed = self.applier.apply(self.plan)
-        self.groups.sync(self.plan.frozen)
+        with together():
+            changed = self.applier.apply(self.plan)
+            self.groups.sync(self.plan.frozen)
         if changed:
             rewrap(trainer.strategy)
         for listener in self.listeners:
@@ -374,10 +386,26 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Sess
     if session is None or id(callback) in session.entered or session.started:
         session = Session()
         session.of = ref(trainer)
-        session.prepare(trainer, module)
+        with together():
+            agree_on_callbacks(_talk(trainer))
+            session.prepare(trainer, module)
         _sessions[trainer] = session
     session.entered.add(id(callback))
     return session
+
+
+def _talk(trainer: Trainer) -> str:
+    """Our callbacks, with those of their arguments that decide when ranks communicate."""
+    told = []
+    for callback in callbacks_of(trainer):
+        if type(callback).__module__.startswith("lightning_freeze.") or isinstance(
+            callback, Freezing
+        ):
+            words = ("every", "monitor", "on_violation")
+            given = {word: vars(callback).get(word) for word in words}
+            shown = ", ".join(f"{word}={value!r}" for word, value in given.items() if value)
+            told.append(f"{type(callback).__name__}({shown})")
+    return ", ".join(told)
 
 
 def session_of(trainer: Trainer) -> Session | None:

@@ -18,7 +18,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch import Trainer
 
 from lightning_freeze.digests import digests
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.distributed import from_all_ranks, together
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import OptimizerGroups
 
@@ -79,7 +79,9 @@ class ShardedCheckpoints:
                 return save(*given, **named)
 
         def load_checkpoint(path: Any, *given: Any, **named: Any) -> Any:
-            resume(saved_callbacks(strategy.broadcast(path), **named))
+            place = strategy.broadcast(path)
+            with together():
+                resume(saved_callbacks(place, **named))
             with groups.without_empty():
                 return load(path, *given, **named)
 

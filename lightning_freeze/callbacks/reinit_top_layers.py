@@ -13,7 +13,7 @@ from lightning_freeze import renewed
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
-from lightning_freeze.distributed import check_supported
+from lightning_freeze.distributed import check_supported, from_all_ranks, together
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import discover
 from lightning_freeze.names import ModelIndex
@@ -116,7 +116,8 @@ class ReinitTopLayers(Callback):
         # what the module makes later may be the top, or overwrite what is fresh
         self._deferred = session.late
         if not self._deferred and not trainer.global_step:
-            self._reinit(trainer, pl_module)
+            with together():
+                self._reinit(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of what was re-initialised, so that a resume knows."""
@@ -128,11 +129,13 @@ class ReinitTopLayers(Callback):
         """On a resume, whose weights stay: say so where they never had a fresh start."""
         if trainer.state.fn != TrainerFn.FITTING or by_tuner(trainer):
             return
-        check_layout(trainer, checkpoint)
-        saved = saved_state(self, trainer, checkpoint) or {}
-        self._done = tuple(saved.get("reinitialised", ()))
-        index = ModelIndex.of(pl_module)
-        missed = [name for name in self.reinit_names(index) if name not in self._done]
+        with together():
+            check_layout(trainer, checkpoint)
+            saved = saved_state(self, trainer, checkpoint) or {}
+            self._done = tuple(saved.get("reinitialised", ()))
+            index = ModelIndex.of(pl_module)
+            wanted = self.reinit_names(index)
+        missed = [name for name in wanted if name not in self._done]
         renewed.forget(index.tensors(missed))
         session = _session.session_of(trainer)
         if session is not None:
@@ -153,10 +156,12 @@ class ReinitTopLayers(Callback):
         """
         if trainer.ckpt_path is not None or trainer.global_step:
             return
-        if self._deferred:
-            self._reinit(trainer, pl_module)
-        index = ModelIndex.of(pl_module)
-        forget(trainer.optimizers, [index.parameters[name] for name in self.reinit_names(index)])
+        with together():
+            if self._deferred:
+                self._reinit(trainer, pl_module)
+            index = ModelIndex.of(pl_module)
+            fresh = [index.parameters[name] for name in self.reinit_names(index)]
+        forget(trainer.optimizers, fresh)
 
     def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
         index = ModelIndex.of(module)
@@ -164,7 +169,7 @@ class ReinitTopLayers(Callback):
         drawn: Any = self.seed
         if drawn is None:
             drawn = int(torch.randint(0, 2**31, ()).item())
-        seed = int(trainer.strategy.broadcast(drawn))
+        seed = from_all_ranks(int(drawn))[0]
         reinit_names(index, names, init=self.init, seed=seed)
         self._done = names
         session = _session.session_of(trainer)
