@@ -180,7 +180,7 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
     origin = "`schedule`"
     if isinstance(schedule, (str, Path)):
         origin = f"The schedule file `{schedule}`"
-        schedule = _read_yaml(Path(schedule))
+        schedule = read_schedule(schedule)
     if not isinstance(schedule, Mapping) or not schedule:
         raise ScheduleError(f"{origin} is {schedule!r}. {_HOW}")
     entries: dict[int, Entry] = {}
@@ -215,11 +215,12 @@ def _check_repeats(entries: Sequence[Entry], origin: str) -> None:
             named[selector] = at
 
 
-def _read_yaml(path: Path) -> Any:
+def read_schedule(path: Union[str, Path]) -> Any:
+    """What stands in a schedule file, not yet checked; a key that stands twice raises."""
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _strict_loader())
     except OSError as error:
         raise ScheduleError(
             f"The schedule file `{path}` can't be read: {error.strerror or error}. {_HOW}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 from lightning.pytorch import Trainer
 from torch import nn
@@ -15,6 +15,7 @@ from lightning_freeze.arguments import call_of, one_of, positive, whole
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
+from lightning_freeze.callbacks._written import Schedule
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
 from lightning_freeze.layers import LayerGroup, discover, groups_of
 from lightning_freeze.names import ModelIndex
@@ -30,7 +31,7 @@ from lightning_freeze.schedule import (
 )
 from lightning_freeze.selectors import Selector, as_selectors, select
 
-Schedule = Union[dict[Any, Any], str, None]
+Written = Union[Mapping[Any, Any], str, "os.PathLike[str]", Schedule, None]
 Pattern = Union[AllAtOnce, OneByOne, RandomLayers]
 
 
@@ -59,8 +60,11 @@ class GradualUnfreeze(MetricDriven):
 
     Args:
         schedule: epoch (or step) -> selectors, cumulative:
-            ``{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}``. A value may also be
-            ``{"unfreeze": [...], "lr_scale": 0.5}``. Or the path of a YAML file with the same.
+            `{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}`. A value may also be
+            `{"unfreeze": [...], "lr_scale": 0.5}`, or hold `"freeze": [...]`, which freezes again
+            and comes first: `{"freeze": "**", "unfreeze": "layer.3"}` trains that layer alone. Or
+            the path of a YAML file with the same; in a LightningCLI config it counts from the
+            config's folder.
         start: epoch (or step) of the first unfreezing.
         every: epochs (or steps) between two.
         layers_per_step: layer groups per unfreezing.
@@ -71,7 +75,7 @@ class GradualUnfreeze(MetricDriven):
         mode: "min" or "max": which way the metric improves.
         patience: epochs without improvement.
         min_delta: the least change of the metric that counts as improvement.
-        lr_decay: the learning rate of a group is yours times ``lr_decay ** distance`` from the
+        lr_decay: the learning rate of a group is yours times `lr_decay ** distance` from the
             top; ULMFiT (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146) uses 1/2.6.
         groups: your own layer groups, bottom to top, each a selector or a list of them.
         train_bn: let batch-norm layers train from the start, weights and statistics.
@@ -89,15 +93,15 @@ class GradualUnfreeze(MetricDriven):
 
     def __init__(
         self,
-        schedule: Schedule = None,
+        schedule: Written = None,
         *,
         start: int = 1,
         every: int = 1,
         layers_per_step: int = 1,
-        order: str = "top_down",
-        unit: str = "epoch",
+        order: Literal["top_down", "bottom_up"] = "top_down",
+        unit: Literal["epoch", "step"] = "epoch",
         monitor: str | None = None,
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         patience: int = 1,
         min_delta: float = 0.0,
         lr_decay: float = 1.0,
@@ -107,13 +111,17 @@ class GradualUnfreeze(MetricDriven):
     ) -> None:
         super().__init__(monitor, mode, patience, min_delta)
         self.entries: tuple[Entry, ...] | None = None
+        if isinstance(schedule, Schedule):
+            schedule = schedule.content
         if schedule is not None:
             if not isinstance(schedule, (Mapping, str, os.PathLike)):
                 raise ArgumentError(
                     f"`schedule` is {schedule!r}. Write a mapping from epochs to selectors, or the "
                     "path of a YAML file."
                 )
-            self.entries = parse_schedule(schedule)
+            self.entries = parse_schedule(
+                schedule if isinstance(schedule, Mapping) else os.fspath(schedule)
+            )
         self.start = whole(start, "start", least=0)
         self.every = whole(every, "every", least=1)
         self.layers_per_step = whole(layers_per_step, "layers_per_step", least=1)
@@ -139,7 +147,7 @@ class GradualUnfreeze(MetricDriven):
         """Tells this callback's state in a checkpoint from that of another `GradualUnfreeze`."""
         schedule = None
         if self.entries is not None:
-            schedule = {entry.at: key_of(entry.selectors) for entry in self.entries}
+            schedule = {entry.at: _key(entry) for entry in self.entries}
         groups = self.groups and [key_of(as_selectors(group)) for group in self.groups]
         return call_of(
             "GradualUnfreeze",
@@ -303,9 +311,9 @@ class GradualUnfreeze(MetricDriven):
         cls,
         *,
         every: int = 1,
-        unit: str = "epoch",
+        unit: Literal["epoch", "step"] = "epoch",
         monitor: str | None = None,
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         patience: int = 1,
         min_delta: float = 0.0,
         groups: list[Any] | None = None,
@@ -350,7 +358,7 @@ class GradualUnfreeze(MetricDriven):
         every: int = 20,
         seed: int = 0,
         *,
-        unit: str = "step",
+        unit: Literal["epoch", "step"] = "step",
         groups: list[Any] | None = None,
         eval_mode: bool = True,
     ) -> GradualUnfreeze:
@@ -382,3 +390,12 @@ class GradualUnfreeze(MetricDriven):
             whole(seed, "seed", least=0),
         )
         return made
+
+
+def _key(entry: Entry) -> Any:
+    unfreeze, freeze = key_of(entry.selectors), key_of(entry.freeze)
+    return {"freeze": freeze, "unfreeze": unfreeze} if freeze else unfreeze
+
+
+# what jsonargparse goes by: a type of its own checks a configuration while it is read
+GradualUnfreeze.__init__.__annotations__["schedule"] = Union[Schedule, None]
