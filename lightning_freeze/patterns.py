@@ -66,9 +66,10 @@ class RandomLayers:
             ArgumentError: there are fewer layers than are to be drawn.
         """
         if self.layers > len(groups):
+            advice = f"Write at most {len(groups)}" if groups else "Name them in `groups`"
             raise ArgumentError(
                 f"`layers={self.layers}` is beyond the {len(groups)} layers that can be drawn. "
-                f"Write at most {len(groups)}."
+                f"{advice}."
             )
         given = {f.name: getattr(schedule, f.name) for f in fields(UnfreezeSchedule)}
         empty = RandomSchedule(
