@@ -217,18 +217,28 @@ def _check_repeats(entries: Sequence[Entry], origin: str) -> None:
 
 def read_schedule(path: Union[str, Path]) -> Any:
     """What stands in a schedule file, not yet checked; a key that stands twice raises."""
+    origin = f"The schedule file `{path}`"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(f"{origin} can't be read: {error.strerror or error}. {_HOW}") from error
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
+    return from_yaml(text, origin)
+
+
+def from_yaml(text: str, origin: str = "`schedule`") -> Any:
+    """What a YAML text says, not yet checked.
+
+    Raises:
+        ScheduleError: it isn't YAML, or a key stands twice.
+    """
     import yaml
 
     try:
-        return yaml.load(Path(path).read_text(encoding="utf-8"), _strict_loader())
-    except OSError as error:
-        raise ScheduleError(
-            f"The schedule file `{path}` can't be read: {error.strerror or error}. {_HOW}"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ScheduleError(
-            f"The schedule file `{path}` is not valid YAML: {error}. {_HOW}"
-        ) from error
+        return yaml.load(text, _strict_loader())
+    except yaml.YAMLError as error:
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
 
 
 def _strict_loader() -> Any:

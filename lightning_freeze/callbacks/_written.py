@@ -8,7 +8,7 @@ from typing import Any
 from jsonargparse.typing import Path_fr, register_type
 
 from lightning_freeze.errors import ScheduleError
-from lightning_freeze.schedule import parse_schedule, read_schedule
+from lightning_freeze.schedule import from_yaml, parse_schedule, read_schedule
 
 
 class Schedule:
@@ -37,9 +37,7 @@ class Schedule:
         if isinstance(written, str) and not written.lstrip().startswith("{"):
             written = _found(written)
         elif isinstance(written, str):
-            import yaml
-
-            written = yaml.safe_load(written)
+            written = from_yaml(written)
         parse_schedule(written)
         self.content: dict[Any, Any] = dict(
             written if isinstance(written, Mapping) else read_schedule(written)

@@ -194,6 +194,7 @@ WRONG = {
     "{0: {unfreeze: head, lr_scale: fast}}": "`lr_scale` at epoch 0 of `schedule` is 'fast'",
     "[head]": "`schedule` is ['head']",
     "3": "`schedule` is 3",
+    '"{0: [head"': "`schedule` is not valid YAML: while parsing",
     "none.yaml": "The schedule file `none.yaml` can't be read: File does not exist: '",
     "twice.yaml": "is not valid YAML: the key 1 stands twice",
 }
