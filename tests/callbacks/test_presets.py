@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from lightning_freeze import (
     ArgumentError,
+    ConflictError,
     FreezeBackbone,
     GradualUnfreeze,
     SelectorError,
     TrainableParamAudit,
 )
-from tests.toys import Toy, changed, loader, seeded, state, trainer
+from tests.toys import FixedDropout, Toy, changed, loader, seeded, state, trainer
 
 
 class Normed(nn.Module):
@@ -182,6 +183,42 @@ def test_a_table_of_who_trains_is_shown_once_where_layers_are_drawn(
     assert capsys.readouterr().out.count("who trains") == 1
     trainer(GradualUnfreeze(), TrainableParamAudit(), epochs=2).fit(seeded(Toy), loader())
     assert capsys.readouterr().out.count("who trains") == 2
+
+
+@pytest.mark.parametrize("every", ["rolling", "batch", 3])
+def test_every_way_of_auditing_goes_with_random_layers(every: Any) -> None:
+    audit = TrainableParamAudit(table=False, every=every)
+    lisa = GradualUnfreeze.lisa(1, every=2)
+    trainer(lisa, audit, epochs=4, accumulate_grad_batches=2).fit(seeded(Toy), loader())
+    assert audit.findings == []
+    drawn = [sum(lr is not None for lr in moment.lr.values()) for moment in audit._record.moments]
+    assert set(drawn) == {3}  # what embeds, one block, the head
+    assert len(drawn) == 4
+
+
+def test_random_layers_that_leave_nothing_to_train_are_refused() -> None:
+    with pytest.raises(ConflictError, match=r"contradict each other.*blocks\.0\.linear\.bias"):
+        trainer(GradualUnfreeze.lisa(1, 2), FreezeBackbone()).fit(seeded(Toy), loader())
+    both = (GradualUnfreeze.lisa(1, 2), GradualUnfreeze.chain_thaw())
+    with pytest.raises(ConflictError, match="Nothing is left to train from epoch 2, step 8 on"):
+        trainer(*both, epochs=6).fit(seeded(Toy), loader())
+
+
+def test_the_same_preset_in_two_fits_draws_the_same() -> None:
+    lisa = GradualUnfreeze.lisa(2, every=3, seed=1)
+    ends = []
+    for _ in range(2):
+        model = seeded(Toy)
+        trainer(lisa, FixedDropout()).fit(model, loader())
+        ends.append(state(model))
+    assert changed(*ends) == set()
+
+
+def test_a_model_without_layers_is_told_to_name_them() -> None:
+    model = seeded(Toy)
+    model.backbone = nn.Linear(4, 8)
+    with pytest.raises(ArgumentError, match="beyond the 0 layers that can be drawn"):
+        trainer(GradualUnfreeze.lisa(1)).fit(model, loader())
 
 
 def test_a_preset_can_be_pickled_and_previewed() -> None:
