@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,10 @@ def test_every_recipe_is_described_and_few_lines_long() -> None:
     described = (RECIPES / "README.md").read_text()
     for name in ALL:
         text = (RECIPES / f"{name}.py").read_text()
-        assert f"({name}.py)" in described
+        (row,) = [line for line in described.splitlines() if f"({name}.py)" in line]
+        shown = re.findall("`([^`]+)`", row)
+        assert shown
+        assert all(f"{call}," in text for call in shown)
         assert "https://" in text
         assert len(text.partition('"""\n\n')[2].splitlines()) <= 8
     assert len(ALL) == 10
