@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_freeze import GradualUnfreeze, TrainableParamAudit
-from tests.toys import Toy, loader, trainable
+from tests.toys import Toy, changed, loader, state, trainable
 
 CONFIG = """
 seed_everything: 7
@@ -165,6 +165,15 @@ def test_a_schedule_file_is_found_beside_the_config_whatever_the_working_directo
     ]
     assert keys[0] == keys[1]
     assert "'**'" in keys[0][0]
+
+
+def test_the_saved_config_of_a_preset_and_of_all_callbacks_runs_again(tmp_path: Path) -> None:
+    for config in ("lisa.yaml", "all.yaml"):
+        first = example(tmp_path / config, config, "--trainer.max_epochs=1")
+        saved = tmp_path / config / "lightning_logs" / "version_0" / "config.yaml"
+        again = example(tmp_path / config, saved, "--trainer.max_epochs=1")
+        assert changed(state(first.model), state(again.model)) == set()
+        assert trainable(first.model) == trainable(again.model) != set()
 
 
 def test_a_schedule_on_the_command_line_counts_from_the_working_directory(
