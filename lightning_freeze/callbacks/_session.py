@@ -7,7 +7,7 @@ callbacks doesn't matter, and an epoch start that Lightning skips after a resume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
@@ -27,7 +27,7 @@ from lightning_freeze.distributed import (
     several,
     together,
 )
-from lightning_freeze.errors import FreezeError, ResumeError
+from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
 from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.origin.find import find_origins
@@ -148,7 +148,7 @@ class Session:
     def _warn_blocked(self) -> None:
         """A schedule whose every later stage names only what the user froze by hand."""
         for callback, schedule in self.schedules.items():
-            later = schedule.stages[-1].trainable - schedule.stages[0].trainable
+            later = schedule.ever - schedule.trainable(0)
             if later and later <= self._before - schedule.claimed:
                 rank_zero_warn(
                     f"{label(callback)} has nothing to unfreeze: all that its later stages would, "
@@ -221,11 +221,10 @@ class Session:
                 self._partition(),
                 self._merged(dict.fromkeys(self.schedules, 0)).lr_scale,
             )
-            last = {cb: len(s.stages) - 1 for cb, s in self.schedules.items()}
-            trained = self._merged(last).trainable(self.index.parameters)
-            self.applier = apply.Applier(self.index, self.groups.held.intersection(trained))
-            first = self._merged(dict.fromkeys(self.schedules, 0))
-            check_scaler(trainer, self.groups, first.frozen)
+            never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
+            self.applier = apply.Applier(self.index, self.groups.held - never)
+            for stages in self._ahead():
+                check_scaler(trainer, self.groups, self._merged(stages).frozen)
             self.resume(trainer, resumed)
             self._settle()
         except BaseException:
@@ -265,9 +264,31 @@ class Session:
             self._agree(stages, epoch)
         if stages != self.stages:
             self._check_direction(stages)
+            self._check_something_trains(stages, trainer)
             self._switch(trainer, stages)
         else:
             self.applier.reassert()
+
+    def _ahead(self) -> Iterator[dict[Any, int]]:
+        """The start, and each stage in which a schedule may freeze more than then."""
+        first = dict.fromkeys(self.schedules, 0)
+        yield first
+        for callback, schedule in self.schedules.items():
+            if schedule.refreezes:
+                yield from ({**first, callback: n} for n in range(1, len(schedule.stages)))
+
+    def _check_something_trains(self, stages: Mapping[Any, int], trainer: Trainer) -> None:
+        """Where schedules of several clocks freeze again, only the clock shows what is left."""
+        assert self.index is not None
+        if not any(schedule.refreezes for schedule in self.schedules.values()):
+            return
+        left = self._merged(stages).trainable(self.index.parameters)
+        if not any(apply.can_train(self.index.parameters[name]) for name in left):
+            raise ConflictError(
+                f"Nothing is left to train from epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step} on: {', '.join(map(label, self.schedules))} freeze all of "
+                "it at this moment. Freeze less in one of them, or unfreeze at the same time."
+            )
 
     def _history(self, claimed: frozenset[str]) -> dict[str, str]:
         """Name -> from when it trains, for the other ranks; empty where no callback freezes."""
@@ -295,12 +316,13 @@ class Session:
                 continue
             schedule = self.schedules[callback]
             again = schedule.plan(stages[callback]).frozen - schedule.plan(saved).frozen
-            if not again:
+            if not again and not schedule.refreezes:
                 continue
+            frozen = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
             raise ResumeError(
                 f"The checkpoint was written in stage {saved} of its schedule, and "
-                f"{label(callback)} would go back to stage {stages[callback]}: it would freeze "
-                f"{len(again)} parameters again, such as `{min(again)}`. Use the "
+                f"{label(callback)} would go back to stage {stages[callback]}: it would "
+                f"{frozen if again else 'train again what it has been through'}. Use the "
                 "schedule of the run that wrote it, or load its weights alone: "
                 "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
@@ -330,11 +352,7 @@ class Session:
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
         used: dict[str, int] = {}
-        frozen = [
-            schedule.plan(number).frozen
-            for schedule in self.schedules.values()
-            for number in range(len(schedule.stages))
-        ]
+        frozen = [names for schedule in self.schedules.values() for names in schedule.apart()]
         for name in self.index.parameters:
             history = tuple(name in names for names in frozen)
             labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]

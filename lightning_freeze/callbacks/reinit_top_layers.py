@@ -34,10 +34,10 @@ class ReinitTopLayers(Callback):
     Args:
         n_layers: number of blocks at the top.
         params: selectors of further modules or tensors, such as
-            ``"bert.encoder.layer.0.attention.self.query"``.
+            `"bert.encoder.layer.0.attention.self.query"`.
         pooler: whether the backbone's pooler goes along with the top layers.
         init: "model" for the model's own way of initialising, or a callable
-            ``(name, parameter) -> None`` that writes each tensor.
+            `(name, parameter) -> None` that writes each tensor.
         seed: for the random values; drawn from torch's global generator where None. It is the
             same on every rank.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -84,7 +84,7 @@ class TrainableParamAudit(Callback):
     def __init__(
         self,
         *,
-        on_violation: str = "raise",
+        on_violation: Literal["raise", "warn"] = "raise",
         every: Union[str, int] = "epoch",
         table: bool = True,
         log_metrics: bool = True,
