@@ -95,24 +95,43 @@ class _Failed:
     text: str
 
 
-def from_all_ranks(item: T) -> list[T]:
+def from_all_ranks(item: T, about: str) -> list[T]:
     """One picklable object from each rank, in the order of ranks; a list of one on one process.
 
+    Args:
+        item: this rank's.
+        about: what it is, in words: ranks that came to different places must not take one
+            another's for it.
+
     Raises:
-        ConflictError: another rank failed inside `together`.
+        ConflictError: another rank failed inside `together`, or is at another place.
     """
     if not several():
         return [item]
-    found: list[Any] = [None] * dist.get_world_size()
+    heard: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(found, item)
+        dist.all_gather_object(heard, (about, item))
     except Exception as error:
         raise known_to_all(error) from None  # there is nobody left to tell
+    found = [sent for _, sent in heard]
     for number, sent in enumerate(found):
         if isinstance(sent, _Failed) and not isinstance(item, _Failed):
             raise known_to_all(
                 ConflictError(f"Rank {number} can't go on, so no rank does. {sent.text}")
             )
+    places: dict[str, list[str]] = {}
+    for number, (place, sent) in enumerate(heard):
+        if not isinstance(sent, _Failed):
+            places.setdefault(place, []).append(str(number))
+    if len(places) > 1:
+        where = ", ".join(f"at {place} on {_numbered(ranks)}" for place, ranks in places.items())
+        raise known_to_all(
+            ConflictError(
+                f"The ranks are no longer in step: {where}. One of them was stopped or left "
+                "something out alone, such as by `trainer.should_stop` that isn't set on all of "
+                "them, or by a batch more."
+            )
+        )
     return found
 
 
@@ -135,10 +154,10 @@ def together(*, end: bool = True) -> Iterator[None]:
     except Exception as error:
         if several() and not getattr(error, "known_to_all_ranks", False):
             known_to_all(error)
-            from_all_ranks(_Failed(f"{type(error).__name__}: {error}"))
+            from_all_ranks(_Failed(f"{type(error).__name__}: {error}"), "a failure")
         raise
     if end:
-        from_all_ranks(None)
+        from_all_ranks(None, "the end of a step that all take")
 
 
 def known_to_all(error: Exception) -> Exception:
@@ -163,9 +182,9 @@ def agree(told: Mapping[str, str], otherwise: str) -> None:
         ConflictError: with the tensors, and what each rank holds of them.
     """
     short = blake2b(repr(sorted(told.items())).encode(), digest_size=16).digest()
-    if len(set(from_all_ranks(short))) == 1:
+    if len(set(from_all_ranks(short, "the comparison of plans"))) == 1:
         return
-    each = from_all_ranks(dict(told))
+    each = from_all_ranks(dict(told), "plans that differ")
     differing: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for names in each for name in names):
         held: dict[str, list[str]] = {}
@@ -193,7 +212,7 @@ def agree_on_callbacks(mine: str) -> None:
         ConflictError: with those of each rank.
     """
     each: dict[str, list[str]] = {}
-    for number, theirs in enumerate(from_all_ranks(mine)):
+    for number, theirs in enumerate(from_all_ranks(mine, "the comparison of callbacks")):
         each.setdefault(theirs, []).append(str(number))
     if len(each) > 1:
         told = "; ".join(f"{theirs} on {_numbered(ranks)}" for theirs, ranks in each.items())

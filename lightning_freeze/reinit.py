@@ -102,7 +102,9 @@ def reinit_names(
         after = {name: fingerprint(parameter) for name, parameter in chosen.items()}
         changed = [name for name in chosen if after[name] != before[name]]
         sharded = any(is_sharded(parameter) for parameter in chosen.values())
-        if not (any(from_all_ranks(bool(changed))) if sharded else changed):
+        if not (
+            any(from_all_ranks(bool(changed), "re-initialised shards")) if sharded else changed
+        ):
             how = "the model's own init" if init == "model" else f"`{describe(init)}`"
             raise ReinitError(
                 f"Re-initialising changed nothing: {how} left the bytes of all {len(chosen)} "

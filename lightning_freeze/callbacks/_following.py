@@ -108,6 +108,6 @@ class Following:
 
 def _mean_of_ranks(value: Any) -> float | None:
     """The mean over the ranks that have a value, so that none moves alone."""
-    told = from_all_ranks(None if value is None else float(value))
+    told = from_all_ranks(None if value is None else float(value), "the metric")
     values = [each for each in told if each is not None]
     return sum(values) / len(values) if values else None

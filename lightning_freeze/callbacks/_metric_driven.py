@@ -69,7 +69,7 @@ class MetricDriven(FreezingCallback):
         """Before the first batch: a validation metric that validation doesn't log is a mistake."""
         if self.monitor is None or not self.monitor.startswith(("val", "dev", "eval")):
             return
-        if not any(from_all_ranks(self.monitor in trainer.callback_metrics)):
+        if not any(from_all_ranks(self.monitor in trainer.callback_metrics, "the sanity check")):
             raise missing_metric(self.monitor, trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -49,9 +49,9 @@ def made_apart(trainer: Trainer, index: ModelIndex) -> frozenset[str]:
     made = {name: p for name, p in index.parameters.items() if p.device.type != "meta"}
     listed = list(made)
     found = digests(made.values(), listed.__getitem__)
-    if len(set(from_all_ranks(xxhash.xxh3_128_digest(b"".join(found))))) == 1:
+    if len(set(from_all_ranks(xxhash.xxh3_128_digest(b"".join(found)), "weights as made"))) == 1:
         return frozenset()
-    each = from_all_ranks(dict(zip(listed, found)))
+    each = from_all_ranks(dict(zip(listed, found)), "weights made apart")
     return frozenset(name for name in listed if len({rank.get(name) for rank in each}) > 1)
 
 

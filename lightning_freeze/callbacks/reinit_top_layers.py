@@ -169,7 +169,7 @@ class ReinitTopLayers(Callback):
         drawn: Any = self.seed
         if drawn is None:
             drawn = int(torch.randint(0, 2**31, ()).item())
-        seed = from_all_ranks(int(drawn))[0]
+        seed = from_all_ranks(int(drawn), "the seed of a fresh start")[0]
         reinit_names(index, names, init=self.init, seed=seed)
         self._done = names
         session = _session.session_of(trainer)

@@ -337,7 +337,7 @@ class TrainableParamAudit(Callback):
             due = due or self._run.waiting
         elif self.every == "rolling" and steps >= _STEPS_TO_AGREE:
             self._last_step = trainer.global_step
-            due = any(from_all_ranks(self._run.waiting))
+            due = any(from_all_ranks(self._run.waiting, "a rolling audit"))
         if due:
             self._check(trainer)
 

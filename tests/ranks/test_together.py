@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from lightning.pytorch import Callback
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
 from lightning_freeze.distributed import from_all_ranks, together
@@ -98,6 +99,22 @@ def test_a_failure_of_one_rank_ends_all_of_them() -> None:
             assert told == f"ConflictError: Rank 1 can't go on, so no rank does. {raised}", name
 
 
+class StopsAlone(Callback):
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == 4 and trainer.global_rank == 1:
+            trainer.should_stop = True
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_ranks_that_are_no_longer_in_step_end_together() -> None:
+    def act(rank: int) -> str:
+        return error_of([FreezeBackbone(), TrainableParamAudit(), StopsAlone()])
+
+    for outcome in on_ranks(act):
+        assert outcome.value.startswith("ConflictError: The ranks are no longer in step: ")
+
+
 def error_of(callbacks: list[Any]) -> str:
     try:
         fit(lambda: OwnData(sgd), *callbacks, epochs=3)
@@ -115,7 +132,7 @@ def test_a_rank_that_fails_is_heard_wherever_the_others_are() -> None:
                     if failing.get(rank) == turn:
                         raise Boom(f"turn {turn} of rank {rank}")
                     with together():
-                        assert from_all_ranks(rank) == [0, 1, 2]
+                        assert from_all_ranks(rank, "a turn") == [0, 1, 2]
         except Exception as error:
             return str(error)
         return "done"
@@ -124,7 +141,7 @@ def test_a_rank_that_fails_is_heard_wherever_the_others_are() -> None:
         dist.init_process_group("gloo", rank=rank, world_size=3)
         plans = [{}, {1: 0}, {2: 2}, {1: 1, 2: 1}, {0: 3 - 1, 1: 1}]
         told = [talk(rank, plan) for plan in plans]
-        return [*told, str(from_all_ranks("still in step"))]
+        return [*told, str(from_all_ranks("still in step", "the end"))]
 
     outcomes = on_ranks(act, ranks=3)
     assert [outcome.error for outcome in outcomes] == [""] * 3
