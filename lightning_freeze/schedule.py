@@ -124,7 +124,8 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
         schedule: epoch -> selectors, or epoch -> `{"unfreeze": selectors, "lr_scale": factor}`.
 
     Returns:
-        One `Entry` per epoch, sorted.
+        `Entry` objects, sorted; several for an epoch whose list has mappings with other factors,
+        as in `{3: ["layer.9", {"unfreeze": "layer.8", "lr_scale": 0.5}]}`.
 
     Raises:
         ScheduleError: an epoch is not a whole number from 0, a value is not selectors, a key is
@@ -141,14 +142,14 @@ Entry(at=1, selectors=('layer.11',), lr_scale=0.5))
         schedule = _read_yaml(Path(schedule))
     if not isinstance(schedule, Mapping) or not schedule:
         raise ScheduleError(f"{origin} is {schedule!r}. {_HOW}")
-    entries: dict[int, Entry] = {}
+    entries: dict[int, list[Entry]] = {}
     named: dict[Any, int] = {}
     for key, value in schedule.items():
         at = _whole(key, origin)
         if at in entries:
             raise ScheduleError(f"{origin} names epoch {at} twice. Write one list for it.")
-        entry = _entry(at, value, origin)
-        for selector in entry.selectors:
+        entries[at] = _entries(at, value, origin)
+        for selector in (name for entry in entries[at] for name in entry.selectors):
             if selector in named:
                 where = "twice at" if named[selector] == at else f"at {named[selector]} and"
                 raise ScheduleError(
@@ -156,8 +157,7 @@ Entry(at=1, selectors=('layer.11',), lr_scale=0.5))
                     "is unfrozen stays so. Name each layer group once."
                 )
             named[selector] = at
-        entries[at] = entry
-    return tuple(entries[at] for at in sorted(entries))
+    return tuple(entry for at in sorted(entries) for entry in entries[at])
 
 
 def _read_yaml(path: Path) -> Any:
@@ -202,6 +202,15 @@ def _whole(key: Any, origin: str) -> int:
     if key < 0:
         raise ScheduleError(f"{origin} has the epoch {key}. Epochs count from 0.")
     return key
+
+
+def _entries(at: int, value: Any, origin: str) -> list[Entry]:
+    """A list may mix selectors with mappings, each of which has a factor of its own."""
+    if not isinstance(value, (list, tuple)) or not any(isinstance(v, Mapping) for v in value):
+        return [_entry(at, value, origin)]
+    plain = [item for item in value if not isinstance(item, Mapping)]
+    found = [_entry(at, plain, origin)] if plain else []
+    return found + [_entry(at, item, origin) for item in value if isinstance(item, Mapping)]
 
 
 def _entry(at: int, value: Any, origin: str) -> Entry:
@@ -269,6 +278,8 @@ def from_entries(
         for name in added:
             scale[name] = scale.get(name, 1.0) * entry.lr_scale
         trainable |= added
+        if stages and stages[-1].at == entry.at:
+            stages.pop()
         stages.append(Stage(entry.at, trainable))
     if stages and stages[0].at > 0:
         stages.insert(0, Stage(0, frozenset()))

@@ -58,7 +58,8 @@ class GradualUnfreeze(FreezingCallback):
     Args:
         schedule: epoch (or step) -> selectors, cumulative:
             ``{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}``. A value may also be
-            ``{"unfreeze": [...], "lr_scale": 0.5}``. Or the path of a YAML file with the same.
+            ``{"unfreeze": [...], "lr_scale": 0.5}``, or a list with such mappings in it. Or the
+            path of a YAML file with the same.
         start: epoch (or step) of the first unfreezing.
         every: epochs (or steps) between two.
         layers_per_step: layer groups per unfreezing.
@@ -145,9 +146,11 @@ class GradualUnfreeze(FreezingCallback):
     @property
     def state_key(self) -> str:
         """Tells this callback's state in a checkpoint from that of another `GradualUnfreeze`."""
-        schedule = None
+        schedule: dict[int, list[str]] | None = None
         if self.entries is not None:
-            schedule = {entry.at: key_of(entry.selectors) for entry in self.entries}
+            schedule = {}
+            for entry in self.entries:
+                schedule[entry.at] = schedule.get(entry.at, []) + key_of(entry.selectors)
         groups = self.groups and [key_of(as_selectors(group)) for group in self.groups]
         return call_of(
             "GradualUnfreeze",
@@ -236,21 +239,37 @@ class GradualUnfreeze(FreezingCallback):
                     return group.parameters
             raise
 
-    def preview(self, model: nn.Module, max_epochs: int) -> SchedulePreview:
-        """What will train when in a model, without a Trainer and without training.
+    def preview(
+        self, model: nn.Module, max_epochs: int, *, inputs: Any = None, batch: int = 1
+    ) -> SchedulePreview:
+        """What will train when in a model, and what a step costs, without training.
+
+        The cost is counted in FLOPs, with torch's own counter, on tensors without content: no
+        weights are needed, so a model on the meta device will do.
 
         Args:
             model: any module; it isn't changed.
             max_epochs: length of the run.
+            inputs: a batch as the model's `forward` takes it (a tensor, a tuple, or a mapping),
+                for the cost of a step; guessed where None. Only shapes count.
+            batch: samples in a guessed batch.
 
         Returns:
             A `SchedulePreview`, which prints as a table; `.plot()` draws it.
 
         Raises:
-            FreezeError: as in `setup`.
+            FreezeError: as in `setup`, or `max_epochs` is no whole number from 1.
         """
         index = ModelIndex.of(model)
-        return SchedulePreview.of(index, self.resolve(index), self._layer_groups(index), max_epochs)
+        return SchedulePreview.with_cost(
+            model,
+            index,
+            self.resolve(index),
+            self._layer_groups(index),
+            max_epochs,
+            inputs=inputs,
+            batch=batch,
+        )
 
     def _new_clock(self) -> MetricClock:
         return MetricClock(self.mode, self.patience, self.min_delta)

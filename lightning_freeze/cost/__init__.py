@@ -1,4 +1,4 @@
-"""What a training step costs in each stage, counted in FLOPs without weights and without training."""
+"""What a training step costs in each stage, in FLOPs, without weights and without training."""
 
 from lightning_freeze.cost.step import StepCost, step_cost
 

@@ -42,7 +42,7 @@ class Backward:
         self._sort([root.grad_fn for root in roots])
 
     def _sort(self, roots: list[Any]) -> None:
-        """Operations in an order in which those that an operation passes gradients to come first."""
+        """Sort operations: those that get an operation's gradients stand before it."""
         entered: set[Any] = set()
         stack = [(node, False) for node in roots]
         while stack:

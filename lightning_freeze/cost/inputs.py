@@ -147,7 +147,7 @@ def _is_size(size: Any) -> bool:
 def _pair(size: Any) -> tuple[int, int]:
     if isinstance(size, int):
         return size, size
-    return tuple(size)  # type: ignore[return-value]
+    return tuple(size)
 
 
 def _first_convolution(module: nn.Module) -> tuple[int, int]:
@@ -181,7 +181,7 @@ def _transformers(model: Any, batch: int) -> Iterator[Call]:
     if isinstance(length, int) and 0 < length < 4 * TOKENS:
         tokens = max(1, min(TOKENS, length - 4))  # RoBERTa's positions begin after its padding
     ids = Spec((batch, tokens), whole=True)
-    makers = {
+    makers: dict[str, Any] = {
         "input_ids": lambda: ids,
         "pixel_values": lambda: _pixels(config, batch),
         "input_values": lambda: _waveform(config, batch),

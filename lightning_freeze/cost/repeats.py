@@ -63,7 +63,7 @@ def run_alike_once(model: nn.Module, counter: Counter, least: int = LEAST) -> No
                 seen: dict[Any, _Run | None] = {}
                 for child in alike:
                     runs = functools.partial(_run, child, child.forward, seen, counter)
-                    child.forward = runs  # type: ignore[method-assign]
+                    child.forward = runs
 
 
 class _Run:
@@ -145,7 +145,8 @@ def _run(
     tensors: list[Tensor] = []
     _mapped((args, kwargs), tensors.append)
     inputs = [tensor for tensor in tensors if tensor.requires_grad]
-    made = iter(Repeated.apply(run, *inputs, *own) if run.trained else ())
+    apply: Any = Repeated.apply
+    made = iter(apply(run, *inputs, *own) if run.trained else ())
     return _mapped(run.output, lambda t: next(made) if t.requires_grad else torch.empty_like(t))
 
 

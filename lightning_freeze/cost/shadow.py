@@ -118,7 +118,8 @@ def nothing_real() -> Iterator[None]:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    onednn = torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    onednn: Any = torch.backends.mkldnn
+    before = onednn.enabled
     with ExitStack() as stack:
         stack.enter_context(_same_random_numbers())
         stack.enter_context(_without_traces_of_guesses())
@@ -129,10 +130,10 @@ def nothing_real() -> Iterator[None]:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             # its recurrent layers aren't counted
-            torch.backends.mkldnn.enabled = False  # type: ignore[attr-defined]
+            onednn.enabled = False
             yield
         finally:
-            torch.backends.mkldnn.enabled = onednn  # type: ignore[attr-defined]
+            onednn.enabled = before
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_freeze.apply import can_train
 from lightning_freeze.cost.graph import Backward, Unpredictable
 from lightning_freeze.cost.inputs import Call, given, guesses
-from lightning_freeze.cost.shadow import nothing_real, random_state, shadow, tensors_in
 from lightning_freeze.cost.repeats import run_alike_once
+from lightning_freeze.cost.shadow import nothing_real, random_state, shadow, tensors_in
 from lightning_freeze.names import ModelIndex, peel, some, unwrap
 
 # much work, of which torch's counter says nothing
