@@ -43,8 +43,10 @@ class Inspection:
         """
         index = ModelIndex.of(model)
         said = list(notes)
+        rule = "none: there are no parameters"
         try:
-            rule = discover(index).rule
+            if index.parameters:
+                rule = discover(index).rule
         except DiscoveryError as error:
             rule = "none: these are the top-level modules"
             said.append(str(error))

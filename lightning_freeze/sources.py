@@ -140,6 +140,8 @@ def _quiet() -> Iterator[None]:
 
 def _where(error: BaseException) -> str:
     """The last line of a user's own code that an error went through."""
+    if isinstance(error, SyntaxError):
+        return ""  # it says so itself
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename != __file__ and "<frozen" not in frame[0]]
     if not own:

@@ -86,6 +86,8 @@ def run(arguments: Any) -> int:
     check_target("--plot", arguments.plot)
     _check_picture(arguments.plot)
     source = model_of(arguments, "plan")
+    if not any(True for _ in source.model.parameters()):
+        raise ArgumentError(f"{source.about} has no parameters, so there is nothing to train.")
     length = arguments.epochs
     if length is None:
         length = _all_stages(callback, source.model)
