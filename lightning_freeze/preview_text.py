@@ -11,14 +11,14 @@ from lightning_freeze.report import to_text
 if TYPE_CHECKING:
     from lightning_freeze.preview import PreviewRow, SchedulePreview
 
-_NARROW = 100
+_NARROW, _NARROWER = 100, 80
 
 
 def text(preview: SchedulePreview, width: int) -> str:
     """The table and what is to be said of it."""
     from rich.text import Text
 
-    lines = [to_text(_table(preview, narrow=width < _NARROW), width)]
+    lines = [to_text(_table(preview, width), width)]
     lines += [to_text(Text(line), width) for line in _below(preview)]
     return "\n".join(lines)
 
@@ -28,7 +28,7 @@ def renderable(preview: SchedulePreview) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    return Group(_table(preview, narrow=False), *(Text(line) for line in _below(preview)))
+    return Group(_table(preview, _NARROW), *(Text(line) for line in _below(preview)))
 
 
 def _title(preview: SchedulePreview) -> str:
@@ -76,16 +76,19 @@ def _cells(preview: SchedulePreview, row: PreviewRow) -> dict[str, str]:
     return cells
 
 
+# what is left out
 _WIDE = ("memory",)
 _SLIM = ("trainable", "gradients", "optimizer")
+_SLIMMEST = (*_SLIM, "memory")
 
 
-def _table(preview: SchedulePreview, *, narrow: bool) -> Any:
+def _table(preview: SchedulePreview, width: int) -> Any:
     from rich.box import ROUNDED
     from rich.table import Table
     from rich.text import Text
 
-    left_out = _SLIM if narrow else _WIDE
+    narrow = width < _NARROW
+    left_out = _WIDE if not narrow else _SLIM if width >= _NARROWER else _SLIMMEST
     rows = [_cells(preview, row) for row in preview.rows]
     shown = [heading for heading in rows[0] if heading not in left_out]
     look: dict[str, Any] = {"box": ROUNDED, "padding": (0, 0)} if narrow else {}

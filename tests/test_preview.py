@@ -195,9 +195,9 @@ def test_a_linear_probe_has_two_stages_and_runs_as_long_as_they_take() -> None:
 
 @pytest.mark.parametrize("length", [0, -1, 1.5, True])
 def test_a_run_without_epochs_is_an_error(length: Any) -> None:
-    with pytest.raises(ArgumentError, match="`max_epochs` is .* Write a whole number from 1"):
+    with pytest.raises(ArgumentError, match=r"`max_epochs` is .* Write a whole number from 1"):
         GradualUnfreeze().preview(tiny_bert(), length)
-    with pytest.raises(ArgumentError, match="`batch` is .* Write a whole number from 1"):
+    with pytest.raises(ArgumentError, match=r"`batch` is .* Write a whole number from 1"):
         FreezeBackbone().preview(tiny_bert(), batch=length)
 
 

@@ -62,8 +62,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--freeze-backbone", action="store_true", help="plan `FreezeBackbone` instead"
     )
-    parser.add_argument("--backbone", metavar="LIST", help="what to freeze: discovered otherwise")
-    parser.add_argument("--trainable", metavar="LIST", help="what stays trainable inside it")
+    parser.add_argument("--backbone", metavar="NAMES", help="what to freeze: discovered otherwise")
+    parser.add_argument("--trainable", metavar="NAMES", help="what stays trainable inside it")
     for option, (kind, metavar, said) in _BACKBONE.items():
         parser.add_argument(f"--{option}", type=kind, metavar=metavar, help=said)
     parser.add_argument("--train-bn", action="store_true", help="batch-norm layers train")
@@ -122,7 +122,7 @@ def _callback(arguments: Any) -> Any:
             gradual[option] = getattr(arguments, option)
     for option in ("backbone", "trainable"):
         if getattr(arguments, option) is not None:
-            backbone[option] = _yaml(f"--{option}", getattr(arguments, option))
+            backbone[option] = _selectors(f"--{option}", getattr(arguments, option))
     if arguments.freeze_backbone:
         _refuse(gradual, "is for `GradualUnfreeze`. Leave out `--freeze-backbone`, or this")
     else:
@@ -156,6 +156,11 @@ def _schedule(text: str) -> Any:
     if text.lstrip().startswith("{"):
         return _yaml("--schedule", text)
     return text
+
+
+def _selectors(option: str, text: str) -> Any:
+    """A list that is written out, or one selector, which may hold anything."""
+    return _yaml(option, text) if text.lstrip().startswith("[") else text
 
 
 def _yaml(option: str, text: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -220,8 +221,6 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.slow
 def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path: Path) -> None:
-    import time
-
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16384,
         "num_hidden_layers": 126, "num_attention_heads": 128, "num_key_value_heads": 8,
@@ -229,28 +228,26 @@ def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path:
         "dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    took = []
-    for _ in range(3):  # a machine that others use, too
-        begin = time.monotonic()
-        found = process("plan", str(tmp_path), "--json", str(tmp_path / "plan.json"))
-        took.append(time.monotonic() - begin)
-        assert found.returncode == 0, found.stderr
-        if took[-1] < 10:
-            break
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = process("plan", str(tmp_path), "--json", str(tmp_path / "plan.json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.returncode == 0, found.stderr
+    # of the processor: the machine may have others to serve, too
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert content["total"] == 405_853_388_800
     assert len(content["rows"]) == 128
     costs = [row["cost"] for row in content["rows"]]
     assert costs == sorted(costs)
     assert costs[-1] == 1.0
-    # by hand: forward; then for each layer weights and inputs, for the last one weights alone
+    # by hand: forward, weights, inputs; with the head trains the norm below it
     layer = 2 * 128 * (16384 * (16384 * 2 + 1024 * 2) + 3 * 16384 * 53248)
     attention = 2 * 2 * 128 * 128 * 16384
     head = 2 * 128 * 16384 * 128256
     assert content["full_flops"] == 3 * (126 * (layer + attention) + head)
-    assert content["rows"][0]["flops"] == 126 * (layer + attention) + 2 * head
+    assert content["rows"][0]["flops"] == 126 * (layer + attention) + 3 * head
     assert int(found.stderr.split()[-1]) < 2 * 2**20
-    assert min(took) < 10, took
+    assert took < 10
 
 
 def test_a_reader_who_leaves_is_no_error(here: Path) -> None:

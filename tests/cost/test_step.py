@@ -215,11 +215,11 @@ def test_inputs_may_be_a_tensor_a_tuple_or_a_mapping() -> None:
     model = nn.Bilinear(2, 3, 4)
     pair = (torch.zeros(5, 2), torch.zeros(5, 3))
     by_name = dict(zip(("input1", "input2"), pair))
-    for given, said in ((pair, "5x2, 5x3"), (by_name, "input1 5x2, input2 5x3")):
+    for batch, said in ((pair, "5x2, 5x3"), (by_name, "input1 5x2, input2 5x3")):
         # torch's counter has no number for this layer
         assert (
             f"no FLOPs were counted for the inputs {said}."
-            in (step_cost(model, [], inputs=given).notes[0])
+            in (step_cost(model, [], inputs=batch).notes[0])
         )
     bert = tiny_bert()
     ids = torch.ones(3, 7, dtype=torch.long)
