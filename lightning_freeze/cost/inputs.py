@@ -176,7 +176,10 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 def _transformers(model: Any, batch: int) -> Iterator[Call]:
     config = model.config
     takes = inspect.signature(model.forward).parameters
-    length = _setting(config, "max_position_embeddings", "n_positions", "max_source_positions")
+    main = getattr(model, "main_input_name", "input_ids")
+    length = _setting(config, "max_position_embeddings", "n_positions")
+    if length is None and main == "input_ids":
+        length = _setting(config, "max_source_positions")
     tokens = TOKENS
     if isinstance(length, int) and 0 < length < 4 * TOKENS:
         tokens = max(1, min(TOKENS, length - 4))  # RoBERTa's positions begin after its padding
@@ -189,12 +192,12 @@ def _transformers(model: Any, batch: int) -> Iterator[Call]:
         "audio_values": lambda: _waveform(config, batch),
         "pixel_values_videos": lambda: _video(config, batch),
     }
-    main = getattr(model, "main_input_name", "input_ids")
     fixed: dict[str, Any] = {}
     if "use_cache" in takes:
         fixed["use_cache"] = False
     if "decoder_input_ids" in takes and _setting(config, "is_encoder_decoder"):
-        fixed["decoder_input_ids"] = ids
+        most = _setting(config, "max_target_positions", default=tokens)
+        fixed["decoder_input_ids"] = Spec((batch, min(tokens, most)), whole=True)
     both = [n for n in ("input_ids", "pixel_values", "input_features") if n in takes]
     several = hasattr(config, "text_config") and len(both) > 1
     if several:

@@ -29,12 +29,15 @@ _HOOKS = (
 _LIBRARIES = ("torch.", "transformers.", "timm.", "peft.")
 
 
-def shadow(model: nn.Module, trains: Callable[[nn.Parameter], bool]) -> nn.Module:
+def shadow(
+    model: nn.Module, trains: Callable[[nn.Parameter], bool], dtype: torch.dtype | None = None
+) -> nn.Module:
     """Copy a model with fake tensors in place of its weights; call it inside a fake mode.
 
     Args:
         model: any module; it isn't changed, and no weight is read.
         trains: which of its parameters require a gradient in the copy.
+        dtype: of what isn't whole numbers in the copy; as in the model where None.
 
     Returns:
         A copy in train mode, without hooks of the user's.
@@ -43,10 +46,10 @@ def shadow(model: nn.Module, trains: Callable[[nn.Parameter], bool]) -> nn.Modul
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
-                memo[id(parameter)] = nn.Parameter(like(parameter), trains(parameter))
+                memo[id(parameter)] = nn.Parameter(like(parameter, dtype), trains(parameter))
         for tensor in _tensors_beside(module):
             if id(tensor) not in memo:
-                memo[id(tensor)] = like(tensor)
+                memo[id(tensor)] = like(tensor, dtype)
         for name in _HOOKS:
             hooks = vars(module).get(name)
             if hooks:
@@ -73,11 +76,12 @@ def _of_library(hook: Any) -> bool:
     return str(home).startswith(_LIBRARIES)
 
 
-def like(tensor: Tensor) -> Tensor:
+def like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor of the same shape, strides and type; inside a fake mode, one without content."""
     if tensor.layout != torch.strided:
         raise TypeError(f"a tensor of the layout {tensor.layout} can't be stood in for")
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
 
 
 def stand_ins(content: Any) -> Any:

@@ -8,6 +8,7 @@ optimizer's own arithmetic isn't counted.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -39,6 +40,8 @@ _UNCOUNTED = (
     "aten._fft_c2c",
     "aten._fft_c2r",
 )
+# what a loss is made of, in a model of transformers
+_PREDICTED = re.compile(r"(^|_)logits$|^pred_")
 _GIVE = "Give `inputs=` a batch as your model's `forward` takes it: a tensor, a tuple or a mapping."
 
 
@@ -98,9 +101,8 @@ class _Counter(FlopCounterMode):
 
 
 def _grouped(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    # rows of one side are dealt to groups: (M, K) x (E, K, N), or (M, K) x (K, N) -> (E, M, N)
-    rows = a[-2] if len(a) == 2 else a[-3] * a[-2]
-    return 2 * rows * int(a[-1]) * int(b[-1])
+    # one side's rows or columns, or what both share, are dealt to groups; with two 3D sides none is
+    return 2 * (a[0] if len(a) == len(b) == 3 else 1) * a[-2] * a[-1] * b[-1]
 
 
 _FORMULAS = {
@@ -139,7 +141,13 @@ def step_cost(
     try:
         with nothing_real(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's own, about inputs that aren't real
-            return _counted(unwrap(peel(model)), stages, inputs, batch)
+            try:
+                return _counted(unwrap(peel(model)), stages, inputs, batch)
+            except CountError as error:
+                # torch multiplies the experts of a mixture in this type alone, real numbers aside
+                if "BF16" not in str(error):
+                    raise
+                return _counted(unwrap(peel(model)), stages, inputs, batch, torch.bfloat16)
     except CountError as error:
         return StepCost(None, (), "", (f"The cost of a step isn't known: {error}",))
     except Exception as error:  # any model of anybody's runs here
@@ -149,9 +157,13 @@ def step_cost(
 
 
 def _counted(
-    model: nn.Module, stages: Sequence[AbstractSet[str]], inputs: Any, batch: int
+    model: nn.Module,
+    stages: Sequence[AbstractSet[str]],
+    inputs: Any,
+    batch: int,
+    dtype: torch.dtype | None = None,
 ) -> StepCost:
-    copied = _copy(model, None)
+    copied = _copy(model, None, dtype)
     calls = [given(inputs)] if inputs is not None else list(guesses(copied, batch))
     if not calls:
         raise CountError(f"no inputs could be guessed for {type(model).__name__}. {_GIVE}")
@@ -178,7 +190,7 @@ def _counted(
             totals = [tried.forward + part for part in backward.count(mask, len(names))]
         except (Unpredictable, AttributeError, TypeError, RuntimeError):
             # an older torch, too, which can't run one operation alone
-            totals = [_one_by_one(model, tried, trains, counter) for trains in names]
+            totals = [_one_by_one(model, tried, trains, counter, dtype) for trains in names]
             reached = set(mask)
     if counter.uncounted:
         named = ", ".join(sorted(name.removeprefix("aten.") for name in counter.uncounted))
@@ -194,7 +206,9 @@ def _counted(
     return StepCost(totals[-1], tuple(totals[:-1]), tried.words, tuple(notes))
 
 
-def _copy(model: nn.Module, names: AbstractSet[str] | None) -> ModelIndex:
+def _copy(
+    model: nn.Module, names: AbstractSet[str] | None, dtype: torch.dtype | None
+) -> ModelIndex:
     """A copy in which some parameters train; all that can where None."""
     chosen = None
     if names is not None:
@@ -204,7 +218,7 @@ def _copy(model: nn.Module, names: AbstractSet[str] | None) -> ModelIndex:
     def trains(parameter: nn.Parameter) -> bool:
         return can_train(parameter) and (chosen is None or id(parameter) in chosen)
 
-    return ModelIndex.of(shadow(model, trains))
+    return ModelIndex.of(shadow(model, trains, dtype))
 
 
 @dataclass(frozen=True)
@@ -263,20 +277,27 @@ def _dtype(index: ModelIndex) -> torch.dtype:
 
 
 def _roots(output: Any) -> list[Tensor]:
-    """What a loss is made of: the loss itself, the logits, or all that depends on a parameter."""
+    """The loss itself, what it is made of, or all that depends on a parameter."""
     if isinstance(output, Mapping):
-        for name in ("loss", "logits"):
-            value = output.get(name)
-            if isinstance(value, Tensor) and value.requires_grad:
-                return [value]
+        for names in (["loss"], [n for n in output if _PREDICTED.search(str(n))]):
+            values = [output.get(name) for name in names]
+            found = [v for v in values if isinstance(v, Tensor) and v.requires_grad]
+            if found:
+                return found
         output = {name: value for name, value in output.items() if name != "past_key_values"}
-    found = {(id(t.grad_fn), t.output_nr): t for t in tensors_in(output) if t.grad_fn is not None}
-    return list(found.values())
+    made = {(id(t.grad_fn), t.output_nr): t for t in tensors_in(output) if t.grad_fn is not None}
+    return list(made.values())
 
 
-def _one_by_one(model: nn.Module, tried: _Tried, names: AbstractSet[str], counter: _Counter) -> int:
+def _one_by_one(
+    model: nn.Module,
+    tried: _Tried,
+    names: AbstractSet[str],
+    counter: _Counter,
+    dtype: torch.dtype | None,
+) -> int:
     """A forward and a backward pass with exactly that trainable."""
-    copied = _copy(model, names)
+    copied = _copy(model, names, dtype)
     copied.modules[""].train(tried.train)
     before = counter.total()
     output, _ = tried.call.run(copied.modules[tried.call.path], _dtype(copied))

@@ -11,8 +11,10 @@ import pytest
 import timm
 import torch
 import torchvision
+import transformers as t
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -316,3 +318,50 @@ def test_every_combination_of_two_convolutions() -> None:
     image = torch.zeros(2, 3, 9, 9)
     found = step_cost(model, stages, inputs=image)
     assert list(found.stages) == really_counted(model, stages, lambda: model(image))
+
+
+_SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+    "vocab_size": 99, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def test_a_mixture_of_experts_costs_what_its_experts_do_one_by_one() -> None:
+    config = t.MixtralConfig(**_SMALL, num_local_experts=4, num_experts_per_tok=2)
+    model = t.MixtralForCausalLM(config).train()
+    stages = stages_of(model)
+    found = step_cost(model, stages)
+    model.set_experts_implementation("eager")
+    ids = torch.randint(0, 99, (1, 128))
+    real = really_counted(model, stages, lambda: model(ids, use_cache=False).logits)
+    assert list(found.stages) == real
+
+
+def test_a_decoder_and_an_image_get_inputs_of_the_sizes_that_the_config_says() -> None:
+    whisper = t.WhisperForConditionalGeneration(
+        t.WhisperConfig(
+            vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, num_mel_bins=20,
+            encoder_attention_heads=2, decoder_attention_heads=2, max_source_positions=50,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, max_target_positions=60, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )
+    )  # fmt: skip
+    assert step_cost(whisper, []).inputs == "input_features 1x20x100, decoder_input_ids 1x60"
+    part = {**_SMALL, "image_size": 32, "patch_size": 16}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    clip = t.CLIPModel(
+        t.CLIPConfig(text_config={**_SMALL, **tokens}, vision_config=part, projection_dim=8)
+    )
+    found = step_cost(clip, [])
+    assert found.inputs == "input_ids 1x73, pixel_values 1x3x32x32"
+    assert not found.notes
+
+
+def test_a_lightning_module_around_a_model_is_counted_with_the_models_inputs() -> None:
+    class Wrapped(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = tiny_bert()
+
+    assert step_cost(Wrapped(), []) == step_cost(tiny_bert(), [])
+    assert step_cost(torch.compile(tiny_bert(), backend="eager"), []) == step_cost(tiny_bert(), [])
