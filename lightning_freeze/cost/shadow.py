@@ -128,6 +128,7 @@ def nothing_real() -> Iterator[None]:
         stack.enter_context(_same_random_numbers())
         stack.enter_context(_without_traces_of_guesses())
         stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -9,6 +9,7 @@ optimizer's own arithmetic isn't counted.
 from __future__ import annotations
 
 import re
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -42,6 +43,8 @@ _UNCOUNTED = (
 )
 # what a loss is made of, in a model of transformers
 _PREDICTED = re.compile(r"(^|_)logits$|^pred_")
+# seconds that a preview may take where each stage has to be run
+PATIENCE = 60.0
 _GIVE = "Give `inputs=` a batch as your model's `forward` takes it: a tensor, a tuple or a mapping."
 
 
@@ -190,7 +193,11 @@ def _counted(
             totals = [tried.forward + part for part in backward.count(mask, len(names))]
         except (Unpredictable, AttributeError, TypeError, RuntimeError):
             # an older torch, too, which can't run one operation alone
-            totals = [_one_by_one(model, tried, trains, counter, dtype) for trains in names]
+            totals = []
+            begin = time.monotonic()
+            for number, trains in enumerate(names):
+                _check_patience(begin, number, len(names))
+                totals.append(_one_by_one(model, tried, trains, counter, dtype))
             reached = set(mask)
     if counter.uncounted:
         named = ", ".join(sorted(name.removeprefix("aten.") for name in counter.uncounted))
@@ -204,6 +211,16 @@ def _counted(
             "batch."
         )
     return StepCost(totals[-1], tuple(totals[:-1]), tried.words, tuple(notes))
+
+
+def _check_patience(begin: float, done: int, stages: int) -> None:
+    expected = (time.monotonic() - begin) / max(done, 1) * stages
+    if done and expected > PATIENCE:
+        raise CountError(
+            "this model recomputes in its backward pass (gradient checkpointing, or a function of "
+            f"its own), so each of {stages} stages has to be run: about {expected / 60:.1f} "
+            "minutes. Preview fewer stages, or without gradient checkpointing."
+        )
 
 
 def _copy(

@@ -365,3 +365,27 @@ def test_a_lightning_module_around_a_model_is_counted_with_the_models_inputs() -
 
     assert step_cost(Wrapped(), []) == step_cost(tiny_bert(), [])
     assert step_cost(torch.compile(tiny_bert(), backend="eager"), []) == step_cost(tiny_bert(), [])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_gradient_checkpointing_is_counted_with_what_it_recomputes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_bert(16).train()
+    plain = step_cost(model, []).full or 0
+    model.gradient_checkpointing_enable()
+    stages = stages_of(model)[::8]
+    found = step_cost(model, stages)
+    ids = torch.ones(1, 128, dtype=torch.long)
+    assert list(found.stages) == really_counted(model, stages, lambda: model(ids).logits)
+    assert (found.full or 0) > 1.3 * plain
+    monkeypatch.setattr("lightning_freeze.cost.step.PATIENCE", 1e-9)
+    hurried = step_cost(model, stages)
+    assert hurried.full is None
+    assert "Preview fewer stages, or without gradient checkpointing" in hurried.notes[0]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_counting_works_where_gradients_are_off(mode: Any) -> None:
+    with mode():
+        assert step_cost(nn.Sequential(nn.Linear(2, 2)), [set()]).full == 16
