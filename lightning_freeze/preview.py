@@ -1,17 +1,25 @@
-"""A schedule and a model -> what will train when, without training."""
+"""A schedule and a model -> what will train when, and what it costs, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
+from torch import nn
+
+from lightning_freeze.apply import can_train, frozen_by_user
+from lightning_freeze.arguments import whole
+from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.report import to_text
-from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.plan import merge
+from lightning_freeze.schedule import Entry, UnfreezeSchedule
 from lightning_freeze.timeline import Moment, plot_timeline
+
+if TYPE_CHECKING:
+    from lightning_freeze.cost import StepCost
 
 
 @dataclass(frozen=True)
@@ -22,25 +30,35 @@ class PreviewRow:
         at: epoch or optimizer step at which it begins; the stage's number if a metric decides.
         unfrozen: layer groups that begin to train (part of a group counts).
         trainable: elements that train.
+        share: of all the model's elements, from 0 to 1.
         gradient_bytes: memory of their gradients.
         optimizer_bytes: memory of two moments each (Adam, AdamW).
         lr_scale: layer group -> factor on the user's learning rate, of what trains in it; the
             largest if there are several.
         reached: whether a run of the given length gets there.
+        flops: of one training step, None where they couldn't be counted.
+        cost: those, relative to a step that trains the whole model.
+        frozen: layer groups that freeze again (part of a group counts).
     """
 
     at: int
     unfrozen: tuple[str, ...]
     trainable: int
+    share: float
     gradient_bytes: int
     optimizer_bytes: int
     lr_scale: dict[str, float]
     reached: bool
+    flops: int | None = None
+    cost: float | None = None
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SchedulePreview:
-    """What trains when. It prints as a table; `plot()` draws it.
+    """What trains when, and what it costs. It prints as a table; `plot()` draws it.
+
+    In a notebook it shows as a table, too, and rich prints it as one.
 
     Attributes:
         rows: one per stage.
@@ -48,6 +66,10 @@ class SchedulePreview:
         total: elements of the whole model.
         unit: "epoch", "step" or "metric".
         max_epochs: length of the run.
+        full_flops: of a training step that trains the whole model; None where not counted.
+        inputs: the batch that FLOPs were counted for, in words.
+        notes: what to know about the numbers, or why some are missing and what to do.
+        entries: the same as a schedule, see `to_yaml`.
     """
 
     rows: tuple[PreviewRow, ...]
@@ -55,6 +77,10 @@ class SchedulePreview:
     total: int
     unit: str
     max_epochs: int
+    full_flops: int | None = None
+    inputs: str = ""
+    notes: tuple[str, ...] = ()
+    entries: tuple[Entry, ...] = ()
 
     @classmethod
     def of(
@@ -64,21 +90,29 @@ class SchedulePreview:
         groups: Sequence[LayerGroup],
         max_epochs: int,
     ) -> SchedulePreview:
-        """Look ahead."""
+        """Look ahead; what a step costs isn't counted.
+
+        Raises:
+            ArgumentError: `max_epochs` is no whole number from 1.
+        """
+        from lightning_freeze.schedule_file import entries_of
+
+        whole(max_epochs, "max_epochs", least=1)
         rows = []
         before: set[str] = set()
-        for number, stage in enumerate(schedule.stages):
-            frozen = schedule.plan(number).frozen
-            trains = [name for name in index.parameters if name not in frozen]
-            size = sum(
-                index.parameters[n].numel() * index.parameters[n].element_size() for n in trains
-            )
+        total = sum(parameter.numel() for parameter in index.parameters.values())
+        stages = trained_in(index, schedule)
+        for number, (stage, trains) in enumerate(zip(schedule.stages, stages)):
+            tensors = index.tensors(trains)
+            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            elements = sum(tensor.numel() for tensor in tensors)
             now = set(trains)
             rows.append(
                 PreviewRow(
                     at=number if schedule.unit == "metric" else stage.at,
                     unfrozen=tuple(g.name for g in groups if (now - before) & set(g.parameters)),
-                    trainable=sum(index.parameters[name].numel() for name in trains),
+                    trainable=elements,
+                    share=elements / total if total else 0.0,
                     gradient_bytes=size,
                     optimizer_bytes=2 * size,
                     lr_scale={
@@ -87,51 +121,94 @@ class SchedulePreview:
                         if now & set(g.parameters)
                     },
                     reached=schedule.unit != "epoch" or stage.at < max_epochs,
+                    frozen=tuple(g.name for g in groups if (before - now) & set(g.parameters)),
                 )
             )
             before = now
-        total = sum(parameter.numel() for parameter in index.parameters.values())
-        return cls(tuple(rows), tuple(g.name for g in groups), total, schedule.unit, max_epochs)
+        return cls(
+            tuple(rows),
+            tuple(g.name for g in groups),
+            total,
+            schedule.unit,
+            max_epochs,
+            notes=(_ENDLESS,) if schedule.endless else (),
+            entries=entries_of(index, schedule, stages),
+        )
+
+    @classmethod
+    def with_cost(
+        cls,
+        model: nn.Module,
+        index: ModelIndex,
+        schedule: UnfreezeSchedule,
+        groups: Sequence[LayerGroup],
+        max_epochs: int,
+        *,
+        inputs: Any = None,
+        batch: int = 1,
+    ) -> SchedulePreview:
+        """Look ahead, and count what a step costs in each stage (see `step_cost`)."""
+        from lightning_freeze.cost import step_cost
+
+        whole(batch, "batch", least=1)
+        plain = cls.of(index, schedule, groups, max_epochs)
+        stages = [frozenset(names) for names in trained_in(index, schedule)]
+        return plain._priced(step_cost(model, stages, inputs, batch))
+
+    def _priced(self, cost: StepCost) -> SchedulePreview:
+        if cost.full is None:
+            return replace(self, notes=self.notes + cost.notes)
+        rows = tuple(
+            replace(row, flops=flops, cost=flops / cost.full)
+            for row, flops in zip(self.rows, cost.stages)
+        )
+        return replace(
+            self,
+            rows=rows,
+            full_flops=cost.full,
+            inputs=cost.inputs,
+            notes=self.notes + cost.notes,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        content = asdict(self)
+        del content["entries"]  # they may hold callables
+        return content
+
+    def to_text(self, width: int = 110) -> str:
+        """The table as text, with fewer columns where it is narrow.
+
+        Args:
+            width: in characters.
+        """
+        from lightning_freeze.preview_text import text
+
+        return text(self, width)
+
+    def to_yaml(self) -> str:
+        """The schedule as YAML, for `GradualUnfreeze(schedule="file.yaml")`; edit it as you like.
+
+        Read back, it gives the same plan: the same names and learning-rate factors in each stage.
+        """
+        from lightning_freeze.schedule_file import to_yaml
+
+        return to_yaml(self)
 
     def __str__(self) -> str:
-        from rich.table import Table
-
-        table = Table(
-            title=f"{_count(len(self.rows), 'stage')} in {_count(self.max_epochs, 'epoch')}",
-            title_justify="left",
-        )
-        table.add_column({"metric": "stage"}.get(self.unit, self.unit), justify="right")
-        table.add_column("unfreezes", overflow="fold")
-        for heading in ("trainable", "share", "gradients", "optimizer", "lr factor"):
-            table.add_column(heading, justify="right")
-        for row in self.rows:
-            factors = sorted(set(row.lr_scale.values()))
-            spread = "-" if not factors else f"{factors[0]:.3g}"
-            if len(factors) > 1:
-                spread += f" - {factors[-1]:.3g}"
-            table.add_row(
-                str(row.at) if row.reached else f"{row.at} (never)",
-                _joined(row.unfrozen),
-                f"{row.trainable:,}",
-                f"{100 * row.trainable / self.total:.1f} %",
-                _size(row.gradient_bytes),
-                _size(row.optimizer_bytes),
-                spread,
-            )
-        lines = [to_text(table)]
-        never = [row for row in self.rows if not row.reached]
-        if never:
-            lines.append(
-                f"{len(never)} of {len(self.rows)} stages begin after the last epoch "
-                f"({self.max_epochs - 1}) and are never reached."
-            )
-        return "\n".join(lines)
+        return self.to_text()
 
     __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        from lightning_freeze.preview_text import renderable
+
+        return renderable(self)
+
+    def _repr_html_(self) -> str:
+        from lightning_freeze.preview_text import html
+
+        return html(self)
 
     def plot(self, path: Union[str, Path, None] = None) -> Any:
         """Draw which layer group trains when, coloured by its factor on the learning rate.
@@ -142,6 +219,8 @@ class SchedulePreview:
         Returns:
             The matplotlib figure.
         """
+        if not self.groups:
+            raise ArgumentError("There is nothing to draw: the model has no parameters.")
         moments = [
             Moment(row.at, row.at, {group: row.lr_scale.get(group) for group in self.groups})
             for row in self.rows
@@ -160,19 +239,17 @@ class SchedulePreview:
         )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+_ENDLESS = (
+    "The schedule goes on in this way for as long as the run does; its first stages are shown."
+)
 
 
-def _joined(names: Sequence[str], most: int = 3) -> str:
-    if len(names) <= most:
-        return ", ".join(names) or "-"
-    return f"{names[0]} ... {names[-1]} ({len(names)} groups)"
+def trained_in(index: ModelIndex, schedule: UnfreezeSchedule) -> list[tuple[str, ...]]:
+    """Names of what trains in each stage.
 
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return ""
+    What the user froze stays frozen unless a selector names it, and integers can't train.
+    """
+    before = frozen_by_user(index)
+    able = [name for name, parameter in index.parameters.items() if can_train(parameter)]
+    plans = [merge([schedule.plan(number)], before) for number in range(len(schedule.stages))]
+    return [plan.trainable(able) for plan in plans]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Union
 
@@ -165,7 +166,8 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
             `{"freeze": "**", "unfreeze": "layer.11"}` trains that layer alone.
 
     Returns:
-        One `Entry` per epoch, sorted.
+        `Entry` objects, sorted; several for an epoch whose list has mappings with other factors,
+        as in `{3: ["layer.9", {"unfreeze": "layer.8", "lr_scale": 0.5}]}`.
 
     Raises:
         ScheduleError: an epoch is not a whole number from 0, a value is not selectors, a key is
@@ -183,13 +185,13 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
         schedule = read_schedule(schedule)
     if not isinstance(schedule, Mapping) or not schedule:
         raise ScheduleError(f"{origin} is {schedule!r}. {_HOW}")
-    entries: dict[int, Entry] = {}
+    entries: dict[int, list[Entry]] = {}
     for key, value in schedule.items():
         at = _whole(key, origin)
         if at in entries:
             raise ScheduleError(f"{origin} names epoch {at} twice. Write one list for it.")
-        entries[at] = _entry(at, value, origin)
-    found = tuple(entries[at] for at in sorted(entries))
+        entries[at] = _entries(at, value, origin)
+    found = tuple(entry for at in sorted(entries) for entry in entries[at])
     _check_repeats(found, origin)
     return found
 
@@ -197,12 +199,13 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
 def _check_repeats(entries: Sequence[Entry], origin: str) -> None:
     """One selector twice, or frozen and unfrozen at once, is a slip."""
     named: dict[Any, int] = {}
-    for entry in entries:
-        at = entry.at
-        if entry.freeze:  # which of the earlier ones it means is known with the model
+    for at, together in groupby(entries, key=lambda entry: entry.at):
+        now = tuple(together)
+        frozen = {selector for entry in now for selector in entry.freeze}
+        if frozen:  # which of the earlier ones it means is known with the model
             named = {}
-        for selector in entry.selectors:
-            if selector in entry.freeze:
+        for selector in (name for entry in now for name in entry.selectors):
+            if selector in frozen:
                 raise ScheduleError(
                     f"{origin} freezes and unfreezes `{selector}` at {at}. Leave one of them out."
                 )
@@ -270,6 +273,15 @@ def _whole(key: Any, origin: str) -> int:
     return key
 
 
+def _entries(at: int, value: Any, origin: str) -> list[Entry]:
+    """A list may mix selectors with mappings, each of which has a factor of its own."""
+    if not isinstance(value, (list, tuple)) or not any(isinstance(v, Mapping) for v in value):
+        return [_entry(at, value, origin)]
+    plain = [item for item in value if not isinstance(item, Mapping)]
+    found = [_entry(at, plain, origin)] if plain else []
+    return found + [_entry(at, item, origin) for item in value if isinstance(item, Mapping)]
+
+
 def _entry(at: int, value: Any, origin: str) -> Entry:
     if not isinstance(value, Mapping):
         return Entry(at, _selectors(value, at, origin))
@@ -330,28 +342,29 @@ def from_entries(
     stages: list[Stage] = []
     given: dict[str, float] = {}
     since: dict[str, tuple[int, Any]] = {}
-    for entry in entries:
-        for selector in entry.freeze:
+    for at, together in groupby(entries, key=lambda entry: entry.at):
+        now = tuple(together)
+        for selector in (name for entry in now for name in entry.freeze):
             again = since.keys() & set(select(selector))
             if not again:
                 raise ScheduleError(
-                    f"`schedule` freezes `{selector}` at {entry.at}, but nothing of it trains "
-                    "then. Everything is frozen at first; `freeze` is for what was unfrozen before."
+                    f"`schedule` freezes `{selector}` at {at}, but nothing of it trains then. "
+                    "Everything is frozen at first; `freeze` is for what was unfrozen before."
                 )
             for name in again:
                 del since[name]
-        for selector in entry.selectors:
+        for entry, selector in ((entry, name) for entry in now for name in entry.selectors):
             chosen = set(select(selector))
             if chosen <= since.keys():
-                at, by = since[min(chosen)]
+                before, by = since[min(chosen)]
                 raise ScheduleError(
-                    f"`schedule` unfreezes `{selector}` at {entry.at}, but it trains since {at} "
+                    f"`schedule` unfreezes `{selector}` at {at}, but it trains since {before} "
                     f"(`{by}`). Schedules are cumulative: name each layer group once."
                 )
             for name in chosen - since.keys():
-                since[name] = (entry.at, selector)
+                since[name] = (at, selector)
                 _set_factor(given, name, entry)
-        stages.append(Stage(entry.at, frozenset(since)))
+        stages.append(Stage(at, frozenset(since)))
     if stages and stages[0].at > 0:
         stages.insert(0, Stage(0, frozenset()))
     scale = dict(schedule.lr_scale)

@@ -108,9 +108,36 @@ def test_the_pure_modules_know_no_torch(name: str) -> None:
     assert not roots(tree_of(PACKAGE / name)) & {"torch", "lightning", "transformers"}
 
 
+LIBRARIES = {"transformers", "timm", "torchvision"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_no_module_imports_a_model_library_at_all(path: Path) -> None:
-    assert not roots(tree_of(path)) & {"transformers", "timm", "torchvision"}
+def test_only_the_sources_of_models_import_a_model_library_and_only_inside_functions(
+    path: Path,
+) -> None:
+    tree = tree_of(path)
+    if name_of(path) == "sources.py":
+        assert not imported_at_the_top(tree) & LIBRARIES
+    else:
+        assert not roots(tree) & LIBRARIES
+
+
+def imported_at_the_top(tree: ast.Module) -> set[str]:
+    """What a file imports outside of its functions."""
+    functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.Lambda))]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    found = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    return {name for node in found if id(node) not in inside for name in roots_of(node)}
+
+
+def roots_of(node: ast.stmt) -> set[str]:
+    return roots(ast.Module([node], []))
+
+
+def test_the_sources_of_models_do_import_them() -> None:
+    assert roots(tree_of(PACKAGE / "sources.py")) >= LIBRARIES
+    code = "import timm\nif 1:\n    from torchvision import x\ndef f():\n    import transformers"
+    assert imported_at_the_top(ast.parse(code)) == {"timm", "torchvision"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

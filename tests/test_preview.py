@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, layer_groups
-from lightning_freeze.errors import SelectorError
+from lightning_freeze.errors import ArgumentError, SelectorError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.schedule import Stage, UnfreezeSchedule
@@ -160,3 +161,80 @@ def test_the_last_stage_is_as_wide_as_the_one_before_where_steps_count() -> None
 def test_the_picture_is_saved(tmp_path: Path) -> None:
     preview(THREE).plot(tmp_path / "preview.png")
     assert (tmp_path / "preview.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_each_stage_says_what_a_step_costs() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    found = GradualUnfreeze().preview(model, max_epochs=2, batch=3)
+    assert [row.flops for row in found.rows] == [3 * 128, 3 * 224]
+    assert [row.cost for row in found.rows] == [128 / 224, 1.0]
+    assert (found.full_flops, found.inputs) == (3 * 224, "3x4")
+    assert "57.1 %" in str(found)
+    assert "672 FLOPs a step (inputs: 3x4)" in str(found)
+    given = GradualUnfreeze().preview(model, max_epochs=2, inputs=torch.zeros(5, 7, 4))
+    assert given.full_flops == 35 * 224
+
+
+def test_an_unknown_cost_says_why_and_the_rest_is_there() -> None:
+    found = GradualUnfreeze().preview(MODEL, max_epochs=4)
+    assert [row.cost for row in found.rows] == [None, None, None]
+    assert "unknown" in str(found)
+    assert "no inputs could be guessed for ModuleDict" in str(found)
+    assert [row.trainable for row in found.rows] == [4, 16, 25]
+
+
+def test_a_linear_probe_has_two_stages_and_runs_as_long_as_they_take() -> None:
+    model = tiny_bert()
+    found = FreezeBackbone(unfreeze_at_epoch=3, lr_scale=0.1).preview(model)
+    assert found.max_epochs == 4
+    assert [row.at for row in found.rows] == [0, 3]
+    assert (found.rows[0].cost or 1) < (found.rows[1].cost or 0) == 1.0
+    assert len(FreezeBackbone().preview(model).rows) == 1
+    assert len(FreezeBackbone().preview(model, 7, batch=2).rows) == 1
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, True])
+def test_a_run_without_epochs_is_an_error(length: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"`max_epochs` is .* Write a whole number from 1"):
+        GradualUnfreeze().preview(tiny_bert(), length)
+    with pytest.raises(ArgumentError, match=r"`batch` is .* Write a whole number from 1"):
+        FreezeBackbone().preview(tiny_bert(), batch=length)
+
+
+def test_what_the_user_froze_and_integers_do_not_count_as_trained() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    model[1].bias.requires_grad = False
+    model[0].register_parameter(
+        "codes", nn.Parameter(torch.zeros(5, dtype=torch.int8), requires_grad=False)
+    )
+    found = GradualUnfreeze().preview(model, 2)
+    assert [row.trainable for row in found.rows] == [16, 56]
+    assert found.total == 63
+
+
+def test_a_narrow_table_keeps_the_numbers_whole() -> None:
+    found = GradualUnfreeze(layers_per_step=2, lr_decay=0.5).preview(tiny_bert(6), max_epochs=4)
+    assert_golden("preview/bert-gradual-60.txt", found.to_text(60))
+    assert max(map(len, found.to_text(60).splitlines())) <= 60
+
+
+def test_a_notebook_gets_a_table_in_which_names_are_only_names() -> None:
+    model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "<b>": nn.Linear(2, 1)})
+    found = GradualUnfreeze(groups=["backbone", "<b>"]).preview(model, 1)
+    text = found._repr_html_()
+    assert "&lt;b&gt;" in text
+    assert "<b>" not in text
+    assert text.count("<tr") == 3
+    assert 'class="lf-never"' in text
+    bars = GradualUnfreeze().preview(tiny_bert(), 9)._repr_html_()
+    assert 'style="width:100.0%"' in bars
+
+
+def test_rich_prints_it_as_a_table() -> None:
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(GradualUnfreeze().preview(tiny_bert(), 9))
+    text = console.export_text()
+    assert "step cost" in text
+    assert "bert.encoder.layer.2" in text

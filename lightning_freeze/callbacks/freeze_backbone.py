@@ -162,19 +162,36 @@ class FreezeBackbone(FreezingCallback):
         above = anatomy.above if count > 0 else ()
         return frozenset(above).union(*(block.parameters for block in blocks))
 
-    def preview(self, model: nn.Module, max_epochs: int = 1) -> SchedulePreview:
-        """What trains when in a model, without a Trainer.
+    def preview(
+        self,
+        model: nn.Module,
+        max_epochs: int | None = None,
+        *,
+        inputs: Any = None,
+        batch: int = 1,
+    ) -> SchedulePreview:
+        """What trains when in a model, and what a step costs, without a Trainer.
 
         Args:
             model: any module; it isn't changed.
-            max_epochs: length of the run.
+            max_epochs: length of the run; as many as it takes to reach every stage where None.
+            inputs: a batch as the model's `forward` takes it (a tensor, a tuple, or a mapping),
+                for the cost of a step; guessed where None. Only shapes count.
+            batch: samples in a guessed batch.
 
         Returns:
-            A `SchedulePreview`, which prints as a table.
+            A `SchedulePreview`, which prints as a table; `.plot()` draws it.
+
+        Raises:
+            FreezeError: as in `setup`, or `max_epochs` is no whole number from 1.
         """
         index = ModelIndex.of(model)
+        schedule = self.resolve(index)
+        length = schedule.stages[-1].at + 1 if max_epochs is None else max_epochs
         groups = groups_or_children(index)
-        return SchedulePreview.of(index, self.resolve(index), groups, max_epochs)
+        return SchedulePreview.with_cost(
+            model, index, schedule, groups, length, inputs=inputs, batch=batch
+        )
 
     @classmethod
     def lp_ft(cls, epoch: int = 1, lr_scale: float = 0.1) -> FreezeBackbone:

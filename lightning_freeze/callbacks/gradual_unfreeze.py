@@ -61,10 +61,10 @@ class GradualUnfreeze(MetricDriven):
     Args:
         schedule: epoch (or step) -> selectors, cumulative:
             `{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}`. A value may also be
-            `{"unfreeze": [...], "lr_scale": 0.5}`, or hold `"freeze": [...]`, which freezes again
-            and comes first: `{"freeze": "**", "unfreeze": "layer.3"}` trains that layer alone. Or
-            the path of a YAML file with the same; in a LightningCLI config it counts from the
-            config's folder.
+            `{"unfreeze": [...], "lr_scale": 0.5}`, or a list with such mappings in it, or hold
+            `"freeze": [...]`, which freezes again and comes first:
+            `{"freeze": "**", "unfreeze": "layer.3"}` trains that layer alone. Or the path of a
+            YAML file with the same; in a LightningCLI config it counts from the config's folder.
         start: epoch (or step) of the first unfreezing.
         every: epochs (or steps) between two.
         layers_per_step: layer groups per unfreezing.
@@ -145,9 +145,12 @@ class GradualUnfreeze(MetricDriven):
     @property
     def state_key(self) -> str:
         """Tells this callback's state in a checkpoint from that of another `GradualUnfreeze`."""
-        schedule = None
+        schedule: dict[int, Any] | None = None
         if self.entries is not None:
-            schedule = {entry.at: _key(entry) for entry in self.entries}
+            schedule = {}
+            for entry in self.entries:
+                told = _key(entry)
+                schedule[entry.at] = [schedule[entry.at], told] if entry.at in schedule else told
         groups = self.groups and [key_of(as_selectors(group)) for group in self.groups]
         return call_of(
             "GradualUnfreeze",
@@ -247,21 +250,37 @@ class GradualUnfreeze(MetricDriven):
                     return group.parameters
             raise
 
-    def preview(self, model: nn.Module, max_epochs: int) -> SchedulePreview:
-        """What will train when in a model, without a Trainer and without training.
+    def preview(
+        self, model: nn.Module, max_epochs: int, *, inputs: Any = None, batch: int = 1
+    ) -> SchedulePreview:
+        """What will train when in a model, and what a step costs, without training.
+
+        The cost is counted in FLOPs, with torch's own counter, on tensors without content: no
+        weights are needed, so a model on the meta device will do.
 
         Args:
             model: any module; it isn't changed.
             max_epochs: length of the run.
+            inputs: a batch as the model's `forward` takes it (a tensor, a tuple, or a mapping),
+                for the cost of a step; guessed where None. Only shapes count.
+            batch: samples in a guessed batch.
 
         Returns:
             A `SchedulePreview`, which prints as a table; `.plot()` draws it.
 
         Raises:
-            FreezeError: as in `setup`.
+            FreezeError: as in `setup`, or `max_epochs` is no whole number from 1.
         """
         index = ModelIndex.of(model)
-        return SchedulePreview.of(index, self.resolve(index), self._layer_groups(index), max_epochs)
+        return SchedulePreview.with_cost(
+            model,
+            index,
+            self.resolve(index),
+            self._layer_groups(index),
+            max_epochs,
+            inputs=inputs,
+            batch=batch,
+        )
 
     @classmethod
     def ulmfit(

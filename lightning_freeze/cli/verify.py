@@ -1,21 +1,20 @@
-"""The command line: `lightning-freeze`."""
+"""`lightning-freeze verify`: what differs between two files of weights."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from lightning_freeze.errors import ArgumentError, FreezeError
+from lightning_freeze.cli.terminal import WRONG, say
+from lightning_freeze.errors import ArgumentError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-WRONG = 2
-
-_ABOUT = "Prove what a training run with frozen layers did, from its files."
-_VERIFY = """\
+HELP = "compare weights to the bit"
+USAGE = "lightning-freeze verify BASE [CHECKPOINT] [options]"
+ABOUT = """\
 Compare two files of weights to the bit, layer group by layer group.
 
   lightning-freeze verify BASE CHECKPOINT
@@ -39,56 +38,15 @@ Anything else that a certificate records, such as no-gradient, is printed and do
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; those of the process where None.
-
-    Returns:
-        The exit status: 0 for yes, 1 for no, 2 where there is no answer.
-    """
-    try:
-        arguments = _parser().parse_args(argv)
-        found = _verify(arguments.verify)
-    except SystemExit as end:  # argparse's way to say that it has said all
-        return end.code if isinstance(end.code, int) else WRONG
-    except (FreezeError, OSError) as error:
-        _complain(str(error))
-        return WRONG
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        # a traceback would end with status 1, which says that weights changed
-        _complain(f"unexpected {type(error).__name__}: {error}. Please report it.")
-        return WRONG
-    said = _say(found.to_text(tensors=arguments.verify.tensors))
-    return found.status if said else WRONG
-
-
-def _parser() -> ArgumentParser:
-    from argparse import Action, RawDescriptionHelpFormatter
-
-    from jsonargparse import ArgumentParser, DefaultHelpFormatter
-
-    from lightning_freeze import __version__
+def epilog() -> str:
+    """What the exit status means."""
     from lightning_freeze.verify.certified import ABOUT_WEIGHTS
 
-    class Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-        """Descriptions as they are written, and no "(default: null)"."""
+    return _STATUS.format(codes=", ".join(sorted(ABOUT_WEIGHTS)))
 
-        def _get_help_string(self, action: Action) -> str:
-            return action.help or ""
 
-    parser = ArgumentParser(
-        prog="lightning-freeze", description=_ABOUT, version=__version__, formatter_class=Help
-    )
-    verify = ArgumentParser(
-        usage="lightning-freeze verify BASE [CHECKPOINT] [options]",
-        description=_VERIFY,
-        epilog=_STATUS.format(codes=", ".join(sorted(ABOUT_WEIGHTS))),
-        formatter_class=Help,
-    )
+def add_arguments(verify: ArgumentParser) -> None:
+    """Declare what the command takes."""
     verify.add_argument(
         "base", metavar="BASE", nargs="?", help="the weights that the run began with"
     )
@@ -105,9 +63,12 @@ def _parser() -> ArgumentParser:
     )
     verify.add_argument("--json", metavar="FILE", help="also write the result there, as JSON")
     verify.add_argument("--tensors", action="store_true", help="also list every changed tensor")
-    commands = parser.add_subcommands(required=True)
-    commands.add_subcommand("verify", verify, help="compare weights to the bit")
-    return parser
+
+
+def run(arguments: Any) -> int:
+    """Compare, print, and give the exit status."""
+    found = _verify(arguments)
+    return int(found.status) if say(found.to_text(tensors=arguments.tensors)) else WRONG
 
 
 def _verify(arguments: Any) -> Any:
@@ -148,35 +109,3 @@ def _spare(target: str, inputs: list[str | None]) -> None:
                 raise ArgumentError(
                     f"`--json {target}` would be written over what it is about. Name another file."
                 )
-
-
-def _say(text: str) -> bool:
-    """Print; False where it couldn't be written. A reader who has seen enough is no error."""
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="replace")  # a terminal that has no lines to draw
-    try:
-        print(text, flush=True)
-    except OSError as error:
-        _give_up(sys.stdout)
-        if not isinstance(error, BrokenPipeError):
-            _complain(f"the result can't be printed: {error}")
-            return False
-    return True
-
-
-def _complain(text: str) -> None:
-    """Print to stderr, if that is there and can be written to: the exit status says it as well."""
-    from lightning_freeze.verify.spelling import printable_lines
-
-    if sys.stderr is None:  # or it would go to stdout
-        return
-    try:
-        print(f"lightning-freeze: {printable_lines(text)}", file=sys.stderr, flush=True)
-    except OSError:
-        _give_up(sys.stderr)
-
-
-def _give_up(stream: TextIO) -> None:
-    """Let go of what can't be printed, or Python would try once more, and complain, at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
