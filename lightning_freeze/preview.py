@@ -11,11 +11,12 @@ from torch import nn
 
 from lightning_freeze.apply import can_train, frozen_by_user
 from lightning_freeze.arguments import whole
+from lightning_freeze.entries import Entry
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import LayerGroup
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.plan import merge
-from lightning_freeze.schedule import Entry, UnfreezeSchedule
+from lightning_freeze.schedule import UnfreezeSchedule
 from lightning_freeze.timeline import Moment, plot_timeline
 
 if TYPE_CHECKING:

@@ -92,8 +92,9 @@ def _table(preview: SchedulePreview, width: int) -> Any:
     from rich.text import Text
 
     narrow = width < _NARROW
-    left_out = _WIDE if not narrow else _SLIM if width >= _NARROWER else _SLIMMEST
     rows = [_cells(preview, row) for row in preview.rows]
+    wide = not narrow and "freezes" not in rows[0]  # two columns of names
+    left_out = _WIDE if wide else _SLIM if width >= _NARROWER else _SLIMMEST
     shown = [heading for heading in rows[0] if heading not in left_out]
     look: dict[str, Any] = {"box": ROUNDED, "padding": (0, 0)} if narrow else {}
     table = Table(title=Text(_title(preview)), title_justify="left", **look)

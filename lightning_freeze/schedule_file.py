@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_freeze.entries import Entry
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.schedule import Entry, UnfreezeSchedule
+from lightning_freeze.schedule import UnfreezeSchedule
 
 if TYPE_CHECKING:
     from lightning_freeze.preview import SchedulePreview

@@ -238,3 +238,21 @@ def test_rich_prints_it_as_a_table() -> None:
     text = console.export_text()
     assert "step cost" in text
     assert "bert.encoder.layer.2" in text
+
+
+def test_what_freezes_again_and_what_goes_on_for_ever_is_said() -> None:
+    thaw = GradualUnfreeze.chain_thaw().preview(tiny_bert(2), max_epochs=5)
+    assert [row.frozen for row in thaw.rows] == [
+        (),
+        ("head",),
+        ("bert.embeddings",),
+        ("bert.encoder.layer.0",),
+        (),
+    ]
+    assert "freezes" in str(thaw)
+    assert ">freezes<" in thaw._repr_html_()
+    drawn = GradualUnfreeze.lisa(layers=1).preview(tiny_bert(2), max_epochs=5)
+    assert "goes on in this way for as long as the run does" in str(drawn)
+    plain = GradualUnfreeze().preview(tiny_bert(2), max_epochs=5)
+    assert "freezes" not in str(plain).replace("unfreezes", "")
+    assert "goes on" not in str(plain)

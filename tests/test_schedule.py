@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_freeze.arguments import positive
+from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, FreezeError, ScheduleError
 from lightning_freeze.schedule import (
-    Entry,
     MetricClock,
     Stage,
     UnfreezeSchedule,
     from_entries,
     from_groups,
-    parse_schedule,
     positive,
 )
 

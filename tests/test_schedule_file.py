@@ -10,10 +10,10 @@ import yaml
 from torch import nn
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, SchedulePreview, layer_groups
+from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ScheduleError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.preview import trained_in
-from lightning_freeze.schedule import Entry, parse_schedule
 from tests.zoo import TRANSFORMERS, tiny_bert, tiny_bert_lm
 
 CALLBACKS: list[Any] = [
@@ -24,6 +24,10 @@ CALLBACKS: list[Any] = [
     GradualUnfreeze({0: "**.LayerNorm.*", 2: ["re:bias$", "bert.pooler"]}, lr_decay=0.5),
     GradualUnfreeze(unit="step", start=100, every=50),
     GradualUnfreeze(monitor="val_loss", lr_decay=0.7),
+    GradualUnfreeze.chain_thaw(every=2),
+    GradualUnfreeze(
+        {0: "**", 1: {"freeze": "re:bias$"}, 2: {"unfreeze": "re:bias$"}}, lr_decay=0.8
+    ),
     FreezeBackbone(trainable_layers=1, trainable="**.LayerNorm.*"),
     FreezeBackbone(unfreeze_at_epoch=2, lr_scale=0.1, trainable="re:bias$"),
 ]
@@ -84,6 +88,21 @@ def test_whole_modules_are_written_and_single_tensors_only_where_they_must_be() 
     assert text.startswith("# epoch -> what begins to train then")
     by_step = GradualUnfreeze(unit="step").preview(tiny_bert(), 9).to_yaml()
     assert 'GradualUnfreeze(schedule="this file", unit="step")' in by_step
+
+
+def test_all_that_an_epoch_freezes_freezes_before_anything_unfreezes() -> None:
+    model = tiny_bert(2)
+    told = ["classifier", {"unfreeze": "bert.pooler"}, {"freeze": "bert"}]
+    schedule = GradualUnfreeze({0: "bert", 1: told}).resolve(ModelIndex.of(model))
+    assert {name.split(".")[0] for name in schedule.trainable(0)} == {"bert"}
+    assert schedule.trainable(1) == {
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    }
+    with pytest.raises(ScheduleError, match="freezes and unfreezes `bert` at 1"):
+        parse_schedule({0: "bert", 1: ["bert", {"freeze": "bert"}]})
 
 
 def test_a_list_may_hold_mappings_with_factors_of_their_own() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from jsonargparse.typing import Path_fr, register_type
 
+from lightning_freeze.entries import from_yaml, parse_schedule, read_schedule
 from lightning_freeze.errors import ScheduleError
-from lightning_freeze.schedule import from_yaml, parse_schedule, read_schedule
 
 
 class Schedule:

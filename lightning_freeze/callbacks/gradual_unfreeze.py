@@ -16,19 +16,14 @@ from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule
+from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
 from lightning_freeze.layers import LayerGroup, discover, groups_of
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.patterns import AllAtOnce, OneByOne, RandomLayers
 from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.report import groups_or_children
-from lightning_freeze.schedule import (
-    Entry,
-    UnfreezeSchedule,
-    from_entries,
-    from_groups,
-    parse_schedule,
-)
+from lightning_freeze.schedule import UnfreezeSchedule, from_entries, from_groups
 from lightning_freeze.selectors import Selector, as_selectors, select
 
 Written = Union[Mapping[Any, Any], str, "os.PathLike[str]", Schedule, None]

@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(arguments: Any) -> int:
     """Print it, and give the exit status."""
     from lightning_freeze.anatomy import Inspection
-    from lightning_freeze.report import write_json
+    from lightning_freeze.files import write_json
 
     check_target("--json", arguments.json)
     source = model_of(arguments, "inspect")

@@ -78,7 +78,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     """Print the plan, and give the exit status."""
-    from lightning_freeze.report import write_json
+    from lightning_freeze.files import write_json
 
     callback = _callback(arguments)  # wrong arguments first: a model may take a while
     check_target("--yaml", arguments.yaml, replace=arguments.overwrite)

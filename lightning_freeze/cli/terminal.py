@@ -82,7 +82,7 @@ def check_target(option: str, path: str | None, *, replace: bool = True) -> None
 
 def write(option: str, path: str, content: bytes) -> None:
     """Write a file, or say which option to change."""
-    from lightning_freeze.report import write_whole
+    from lightning_freeze.files import write_whole
 
     try:
         write_whole(path, content)
