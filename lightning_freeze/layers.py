@@ -5,88 +5,74 @@ The rules, in this order; the first that finds something wins and is named in th
 1. a `backbone` or `feature_extractor` attribute with parameters beside it: the author said so;
 2. timm (`group_matcher`, `get_classifier`), 3. transformers (`base_model`), 4. torchvision
    (`features` or `layer1..4` or `encoder.layers` under a `classifier`, `fc`, `heads` or `head`);
+   wherever in the model it is: inside a LightningModule, PEFT's wrapper, or sentence-transformers;
 5. an `encoder` attribute with parameters beside it;
-6. the longest list of modules of one class; 7. a model that is a plain `nn.Sequential`.
+6. a model that is a plain `nn.Sequential`, whose last layer is the head;
+7. the longest list of modules of one class; 8. a part that is named like a head, such as
+   `classifier`, and all that is beside it.
 """
 
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any
 
 from torch import nn
 
+from lightning_freeze.adapters import adapter_names
+from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack, assemble, is_above
 from lightning_freeze.blocks import (
-    AUXILIARY,
-    HEADS,
-    blocks_of,
+    Blocks,
+    class_of,
     homogeneous_lists,
-    kind_of,
     longest_list,
+    repeated,
     sequential,
+    with_siblings,
 )
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.selectors import Selectors, as_selectors, select
+from lightning_freeze.zoo import as_groups, blocks_of, in_zoo_model, kind_of, zoo_models
 
-# parts that stand above the blocks although some models register them first
-_ABOVE = re.compile(
-    r"^(?!.*emb).*(pooler|(^|\.)(final|last|post|top)_|(^|\.)(ln_f|norm|project_out)(\.|$))"
+__all__ = [
+    "Anatomy",
+    "LayerGroup",
+    "Stack",
+    "anatomy",
+    "backbone_at",
+    "discover",
+    "groups_of",
+    "layer_groups",
+]
+
+_HEAD = re.compile(
+    r"(.*_)?(head|heads|classifier|classif|logits|predictor|regressor)|fc|fc_out|out|output"
+    r"|output_layer|out_proj|proj_out|score|readout|generator"
 )
-# and parts that belong to the input although some models register them last
-_BELOW = re.compile(r"emb|relative_attention_bias")
 
 
-@dataclass(frozen=True)
-class LayerGroup:
-    """Parameters that freeze and unfreeze as one.
+def anatomy(model: nn.Module) -> Anatomy:
+    """What discovery finds in a model, and by which rule: stem, stacks of blocks, head.
 
-    Attributes:
-        name: a module path where there is one, such as `bert.encoder.layer.0`, or `head`.
-        parameters: dotted parameter names, in model order.
+    Args:
+        model: any module; a LightningModule is searched for the model it wraps.
+
+    Returns:
+        An `Anatomy`. It prints as a short text; `.stacks` are the towers that can be named, as in
+        `FreezeBackbone("model.vision_tower", trainable_layers=2)`.
+
+    Raises:
+        DiscoveryError: no rule applies; the message lists the candidates.
+
+    Example:
+        >>> features = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+        >>> print(anatomy(nn.ModuleDict({"features": features, "classifier": nn.Linear(4, 2)})))
+        found by torchvision's `classifier` on `ModuleDict`
+        blocks  features.0 ... features.1 (2 blocks)
+        head    classifier
     """
-
-    name: str
-    parameters: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """What discovery found.
-
-    Attributes:
-        rule: which rule found it, in words.
-        stem: parameters below the first block (embeddings), or None.
-        blocks: the repeated layers, bottom to top.
-        above: backbone parameters above the last block (pooler, final norm).
-        head: parameters outside the backbone.
-    """
-
-    rule: str
-    stem: LayerGroup | None
-    blocks: tuple[LayerGroup, ...]
-    above: tuple[str, ...]
-    head: tuple[str, ...]
-
-    @property
-    def backbone(self) -> tuple[str, ...]:
-        """Parameters of the backbone: stem, blocks and what is above them."""
-        groups = ((self.stem,) if self.stem else ()) + self.blocks
-        return tuple(name for group in groups for name in group.parameters) + self.above
-
-    @property
-    def groups(self) -> tuple[LayerGroup, ...]:
-        """Stem, blocks, and a group `head` that what stands above the blocks goes with."""
-        top = self.above + self.head
-        return (
-            ((self.stem,) if self.stem else ())
-            + self.blocks
-            + ((LayerGroup("head", top),) if top else ())
-        )
+    return discover(ModelIndex.of(model))
 
 
 def layer_groups(model: nn.Module, patterns: Sequence[Selectors] | None = None) -> list[LayerGroup]:
@@ -185,10 +171,11 @@ def discover(index: ModelIndex) -> Anatomy:
         found = _by_attribute(index, root, ("backbone", "feature_extractor"))
         if found:
             return found
-    zoo = _zoo_models(index)
+        if kind_of(index.modules[root]):
+            break  # what a library's model calls its backbone is a part of it
+    zoo = zoo_models(index)
     if len(zoo) == 1:
-        path, kind = zoo[0]
-        return _in_zoo_model(index, path, kind)
+        return in_zoo_model(index, *zoo[0])
     if len(zoo) > 1:
         names = ", ".join(f"`{path}`" for path, _ in zoo)
         raise DiscoveryError(
@@ -196,108 +183,15 @@ def discover(index: ModelIndex) -> Anatomy:
             f'`FreezeBackbone(backbone="{zoo[0][0]}")`, or give `groups`.'
         )
     for root in index.roots:
-        found = _by_attribute(index, root, ("encoder",)) or _by_list(index, root)
+        found = (
+            _by_attribute(index, root, ("encoder",))
+            or _by_order(index, root)
+            or _by_list(index, root)
+            or _by_head(index, root)
+        )
         if found:
             return found
     raise _not_found(index)
-
-
-def _anatomy(
-    index: ModelIndex, rule: str, core: Iterable[str], blocks: Sequence[LayerGroup]
-) -> Anatomy:
-    """Sort a backbone's parameters into stem, blocks and what is above them."""
-    backbone = list(dict.fromkeys(core))
-    members = set(backbone)
-    kept: list[LayerGroup] = []
-    seen: set[str] = set()
-    for block in blocks:
-        found = tuple(name for name in block.parameters if name in members and name not in seen)
-        if found:
-            seen.update(found)
-            kept.append(LayerGroup(block.name, found))
-    head = tuple(name for name in index.parameters if name not in members)
-    if not kept:
-        return Anatomy(rule, LayerGroup(_stem_name(index, backbone), tuple(backbone)), (), (), head)
-    order = {name: i for i, name in enumerate(index.parameters)}
-    stem: list[str] = []
-    above: list[str] = []
-    extra: dict[int, list[str]] = {}
-    starts = [min(order[name] for name in block.parameters) for block in kept]
-    ends = [max(order[name] for name in block.parameters) for block in kept]
-    base = _common(backbone)
-
-    def blocks_after(name: str) -> list[str]:
-        return [block.name for block, start in zip(kept, starts) if start > order[name]]
-
-    in_order = sorted(zip(starts, range(len(starts))))
-    firsts = [start for start, _ in in_order]
-    # of the blocks that begin before it, the one that is highest in the stack
-    highest = list(accumulate((place for _, place in in_order), max))
-    last = max(ends)
-
-    for name in backbone:
-        if name in seen:
-            continue
-        below = bisect_left(firsts, order[name])
-        inner = name.removeprefix(base + ".")
-        if not below:
-            (above if _ABOVE.search(inner) else stem).append(name)
-        elif order[name] > last:
-            (stem if _BELOW.search(inner) else above).append(name)
-        elif _BELOW.search(inner) and not _shares_top(inner, blocks_after(name), base):
-            stem.append(name)  # an encoder's input, registered after its layers
-        else:
-            extra.setdefault(highest[below - 1], []).append(name)
-    final = tuple(
-        LayerGroup(block.name, block.parameters + tuple(extra.get(i, ())))
-        for i, block in enumerate(kept)
-    )
-    bottom = LayerGroup(_stem_name(index, stem), tuple(stem)) if stem else None
-    return Anatomy(rule, bottom, final, tuple(above), head)
-
-
-def _shares_top(inner: str, blocks: Iterable[str], base: str) -> bool:
-    """Whether a part and any of some blocks are in the same child of the backbone."""
-    top = inner.split(".")[0]
-    return any(block.removeprefix(base + ".").split(".")[0] == top for block in blocks)
-
-
-def _as_groups(index: ModelIndex, blocks: Sequence[tuple[str, ...]]) -> list[LayerGroup]:
-    return [
-        LayerGroup(paths[0], tuple(n for p in paths for n in index.within(index.modules[p])))
-        for paths in blocks
-    ]
-
-
-def _common(names: Sequence[str]) -> str:
-    """The deepest module path that all parameter names share."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = paths[0]
-    for path in paths[1:]:
-        keep = 0
-        while keep < min(len(shared), len(path)) and shared[keep] == path[keep]:
-            keep += 1
-        shared = shared[:keep]
-    return ".".join(shared)
-
-
-def _stem_name(index: ModelIndex, names: Sequence[str]) -> str:
-    """A module path if the stem is one module, else its parts: `electra.embeddings+project`."""
-    base = _common(names)
-    if base and set(index.within(index.modules[base])) == set(names):
-        return base
-    prefix = base + "." if base else ""
-    members = set(names)
-    parts: dict[str, None] = {}
-    for name in names:
-        part = ""
-        for component in name.removeprefix(prefix).split("."):
-            part = f"{part}.{component}" if part else component
-            module = index.modules.get(prefix + part)
-            if module is not None and members.issuperset(index.within(module)):
-                break
-        parts[part] = None
-    return prefix + "+".join(parts)
 
 
 def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anatomy | None:
@@ -311,105 +205,149 @@ def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anato
         core = index.within(module)
         around = index.within(index.modules[root])
         if core and len(core) < len(around):
-            rule = f"the attribute `{path}`"
-            inner = [(p, k) for p, k in _zoo_models(index) if p == path or p.startswith(path + ".")]
-            blocks = blocks_of(index, inner[0][0], inner[0][1]) if len(inner) == 1 else []
-            blocks = blocks or longest_list(index, path) or sequential(index, path)
-            return _anatomy(index, rule, core, _as_groups(index, blocks))
+            adapters = adapter_names(index, path)
+            rule = f"the attribute `{path}`" + (", with PEFT adapters" if adapters else "")
+            inner = zoo_models(index, path)
+            blocks = blocks_of(index, *inner[0]) if len(inner) == 1 else []
+            blocks = blocks or repeated(index, path)
+            towers = bool(inner) and inner[0][1] == "transformers"
+            return assemble(
+                index, rule, core, as_groups(index, blocks), towers=towers, adapters=adapters
+            )
     return None
 
 
-def _zoo_models(index: ModelIndex) -> list[tuple[str, str]]:
-    """Outermost models that a model library made, as (path, which library)."""
-    found: list[tuple[str, str]] = []
-    for path, module in sorted(index.modules.items(), key=lambda item: item[0].count(".")):
-        if any(path == p or p == "" or path.startswith(p + ".") for p, _ in found):
-            continue
-        kind = kind_of(module)
-        if kind and index.within(module):
-            found.append((path, kind))
-    return found
+def _by_order(index: ModelIndex, root: str) -> Anatomy | None:
+    module = index.modules[root]
+    if not isinstance(module, nn.Sequential) or len(index.children(root)) < 2:
+        return None
+    blocks = sequential(index, root)[:-1]
+    if not blocks:
+        return None
+    core = [n for paths in blocks for p in paths for n in index.within(index.modules[p])]
+    rule = f"the order of the Sequential `{root or class_of(module).__name__}`"
+    return assemble(index, rule, core, as_groups(index, blocks))
 
 
-def _in_zoo_model(index: ModelIndex, path: str, kind: str) -> Anatomy:
-    module: Any = index.modules[path]
-    everything = index.within(module)
-    if kind == "transformers":
-        base = module.base_model
-        inside = index.path(base)
-        rule = f"transformers' `base_model` (`{inside or type(base).__name__}`)"
-        blocks = blocks_of(index, inside, kind)
-        layers = getattr(module.config, "num_hidden_layers", None)
-        if hasattr(module.config, "num_hidden_groups") and len(blocks) != layers:
-            rule += f", whose {layers} layers share the weights of {len(blocks)}"
-        return _anatomy(index, rule, index.within(base), _as_groups(index, blocks))
-    if kind == "timm":
-        found = module.get_classifier()
-        parts = found if isinstance(found, (tuple, list)) else [found]
-        heads = [part for part in parts if isinstance(part, nn.Module)]
-        head = {name for part in heads for name in index.within(part)}
-        rule = f"timm's `get_classifier()` on `{path or type(module).__name__}`"
-    else:
-        children = dict(module.named_children())
-        attribute = next(name for name in HEADS if name in children)
-        tops = [attribute, *(name for name in AUXILIARY if name in children)]
-        head = {name for top in tops for name in index.within(children[top])}
-        rule = f"torchvision's `{attribute}` on `{path or type(module).__name__}`"
-    core = tuple(name for name in everything if name not in head)
-    return _anatomy(index, rule, core, _as_groups(index, blocks_of(index, path, kind)))
+def _heads(index: ModelIndex, root: str) -> dict[str, tuple[str, ...]]:
+    """Children that are named like a head, and their parameters."""
+    found = index.children(root)
+    heads = {
+        path: index.within(module)
+        for path, module in found
+        if _HEAD.fullmatch(path.rpartition(".")[2]) and not isinstance(module, nn.ModuleList)
+    }
+    return heads if len(heads) < len(found) else {}
 
 
 def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
-    module = index.modules[root]
-    if isinstance(module, nn.Sequential) and len(index.children(root)) > 1:
-        blocks = sequential(index, root)
-        core = [n for paths in blocks[:-1] for p in paths for n in index.within(index.modules[p])]
-        if blocks[:-1]:
-            rule = f"the order of the Sequential `{root or type(module).__name__}`"
-            return _anatomy(index, rule, core, _as_groups(index, blocks[:-1]))
+    heads = {name for names in _heads(index, root).values() for name in names}
     blocks = longest_list(index, root)
+    if heads.intersection(*(index.within(index.modules[p]) for paths in blocks[:1] for p in paths)):
+        lists = [
+            listed
+            for listed in (with_siblings(index, path) for path in homogeneous_lists(index, root))
+            if heads.isdisjoint(index.within(index.modules[listed[0][0]]))
+        ]
+        blocks = max(lists, key=len, default=[])
     if not blocks:
         return None
-    order = {name: i for i, name in enumerate(index.parameters)}
-    last = max(order[n] for (p,) in blocks for n in index.within(index.modules[p]))
-    core = [name for name in index.parameters if order[name] <= last]
+    order = index.order
+    last = max(order[n] for paths in blocks for p in paths for n in index.within(index.modules[p]))
+    prefix = root + "." if root else ""
+    core = [
+        name
+        for name in index.parameters
+        if name not in heads
+        and (order[name] <= last or (heads and is_above(name.removeprefix(prefix).split(".")[0])))
+    ]
     if len(core) == len(index.parameters):
         return None
     container = index.owner(blocks[0][0])
-    rule = f"the list of like modules `{container}`"
-    return _anatomy(index, rule, core, _as_groups(index, blocks))
+    rule = f"the list of like modules `{container or type(index.modules['']).__name__}`"
+    return assemble(index, rule, core, as_groups(index, blocks))
+
+
+def _by_head(index: ModelIndex, root: str) -> Anatomy | None:
+    heads = _heads(index, root)
+    if not heads or isinstance(index.modules[root], nn.ModuleList):
+        return None
+    head = {name for names in heads.values() for name in names}
+    inside = index.within(index.modules[root])
+    core = [name for name in inside if name not in head]
+    blocks = repeated(index, root, [path.rpartition(".")[2] for path in heads])
+    if not core or not blocks:
+        return None
+    rule = f"the name of the head, `{', '.join(heads)}`"
+    return assemble(index, rule, core, as_groups(index, blocks))
 
 
 def backbone_at(index: ModelIndex, selectors: Selectors) -> Anatomy:
     """The backbone that a user names, with its blocks where they can be found.
+
+    Of a model with several stacks only those blocks count that are in what is named.
 
     Raises:
         SelectorError: a selector matches nothing.
     """
     core = select(index, selectors)
     rule = f"`backbone={_label(selectors)}`"
+    members = set(core)
+    towers = parallel = False
     try:
-        found = [block for block in discover(index).blocks if set(block.parameters) <= set(core)]
+        whole = discover(index)
     except DiscoveryError:
-        found = []
+        whole = None
+    found: list[LayerGroup] = []
+    for candidate in (whole, *(_zoo_around(index, members) if whole is None else ())):
+        if candidate is not None and not found:
+            found = [b for b in _pure(index, candidate) if set(b.parameters) <= members]
+            towers, parallel = len(candidate.stacks) > 1, candidate.parallel
     if not found:
         for path, module in index.modules.items():
             if index.within(module) == core:
-                paths = longest_list(index, path) or sequential(index, path)
-                found = _as_groups(index, paths)
+                found = as_groups(index, repeated(index, path))
                 break
-    return _anatomy(index, rule, core, found)
+    return assemble(index, rule, core, found, towers=towers, parallel=parallel)
+
+
+def _pure(index: ModelIndex, found: Anatomy) -> list[LayerGroup]:
+    """Blocks in order of registration, without what stands between them."""
+    blocks = []
+    for block in found.blocks:
+        module = index.modules.get(block.name)
+        own = set(index.within(module)) if module is not None else set(block.parameters)
+        alone = tuple(name for name in block.parameters if name in own)
+        blocks.append(LayerGroup(block.name, alone or block.parameters))
+    return sorted(blocks, key=lambda block: index.order[block.parameters[0]])
+
+
+def _zoo_around(index: ModelIndex, members: set[str]) -> list[Anatomy]:
+    """The library's model that a named backbone is, or is inside of, where that is one."""
+    zoo = [
+        (path, kind)
+        for path, kind in zoo_models(index)
+        if not members.isdisjoint(index.within(index.modules[path]))
+    ]
+    return [in_zoo_model(index, *zoo[0])] if len(zoo) == 1 else []
 
 
 def _not_found(index: ModelIndex) -> DiscoveryError:
     children = [f"`{name}` ({type(m).__name__})" for name, m in index.children("")]
-    lists = [f"`{name}`" for name in homogeneous_lists(index, "")]
+    lists = [_described(index, name) for name in homogeneous_lists(index, "")]
     names = [name for name, _ in index.children("")] or ["encoder"]
     listed = f"Lists of like modules: {', '.join(lists)}. " if lists else ""
+    likely = (homogeneous_lists(index, "") or names)[0] or names[0]
     return DiscoveryError(
         "No backbone was found: there is no timm, transformers or torchvision model, no "
         "attribute `backbone`, `feature_extractor` or `encoder` with a head beside it, and no "
         f"list of like layers below a head. The model has: {', '.join(children) or 'no parameters'}"
-        f'. {listed}Say it yourself: `FreezeBackbone(backbone="{names[0]}")`, or '
+        f'. {listed}Say it yourself: `FreezeBackbone(backbone="{likely}")`, or '
         f"`GradualUnfreeze(groups={names})`, bottom to top."
     )
+
+
+def _described(index: ModelIndex, path: str) -> str:
+    members: Blocks = [(child,) for child, _ in index.children(path)]
+    kind = class_of(index.modules[members[0][0]]).__name__
+    return f"`{path or type(index.modules['']).__name__}` ({len(members)} {kind})"

@@ -1,0 +1,258 @@
+"""A model from timm, transformers or torchvision -> its backbone, blocks and head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from lightning_freeze.adapters import adapter_names
+from lightning_freeze.anatomy import Anatomy, LayerGroup, assemble
+from lightning_freeze.blocks import (
+    Blocks,
+    children,
+    elements,
+    homogeneous,
+    is_a,
+    longest_list,
+    outermost,
+    repeated,
+    sequential,
+    weight,
+    with_siblings,
+)
+from lightning_freeze.names import ModelIndex, unwrap
+
+HEADS = ("classifier", "fc", "heads", "head")
+# classifiers in the middle of a torchvision model, for the loss alone
+AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
+# a transformers class with a head has one of these in its name
+_TASK = re.compile(r"For[A-Z]|LMHead|EncoderDecoder|WithHead")
+# the convolutions that a speech model begins with: its input, as an embedding is a text model's
+_INPUT_LISTS = re.compile(r"(^|\.)(feature_extractor|feature_encoder|prenet)\.|conv_layers\.\d+$")
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """Which library a model is from, or is built like: timm, transformers, torchvision."""
+    kind = type(module)
+    if callable(getattr(kind, "group_matcher", None)) and callable(
+        getattr(kind, "get_classifier", None)
+    ):
+        return "timm"
+    if hasattr(kind, "base_model_prefix") and hasattr(kind, "base_model"):
+        return "transformers"
+    inside = dict(module.named_children())
+    if any(name in inside for name in HEADS):
+        layered = {"layer1", "layer2"} <= inside.keys()
+        layered = layered or hasattr(inside.get("encoder"), "layers")
+        if "features" in inside or layered or _from_torchvision(module):
+            return "torchvision"
+    return None
+
+
+def _from_torchvision(module: nn.Module) -> bool:
+    return any(base.__module__.startswith("torchvision.models") for base in type(module).__mro__)
+
+
+def zoo_models(index: ModelIndex, under: str = "") -> list[tuple[str, str]]:
+    """Outermost models that a model library made, as (path, which library)."""
+    found: list[tuple[str, str]] = []
+    prefix = under + "." if under else ""
+    inside = [item for item in index.modules.items() if (item[0] + ".").startswith(prefix)]
+    for path, module in sorted(inside, key=lambda item: item[0].count(".") + bool(item[0])):
+        if any(p in (path, "") or path.startswith(p + ".") for p, _ in found):
+            continue
+        kind = kind_of(module)
+        if kind and index.within(module):
+            found.append((path, kind))
+    return found
+
+
+def as_groups(index: ModelIndex, blocks: Blocks) -> list[LayerGroup]:
+    """Blocks as layer groups, each named after its first module."""
+    return [
+        LayerGroup(paths[0], tuple(n for p in paths for n in index.within(index.modules[p])))
+        for paths in blocks
+    ]
+
+
+def in_zoo_model(index: ModelIndex, path: str, kind: str) -> Anatomy:
+    """The anatomy of a model from a library; what is around it counts as head."""
+    module: Any = index.modules[path]
+    if kind == "transformers":
+        return _in_transformers(index, path, module)
+    everything = index.within(module)
+    if kind == "timm":
+        found = module.get_classifier()
+        parts = found if isinstance(found, (tuple, list)) else [found]
+        heads = [part for part in parts if isinstance(part, nn.Module)]
+        head = {name for part in heads for name in index.within(part)}
+        rule = f"timm's `get_classifier()` on `{path or type(module).__name__}`"
+    else:
+        inside = dict(module.named_children())
+        attribute = next(name for name in HEADS if name in inside)
+        tops = [attribute, *(name for name in AUXILIARY if name in inside)]
+        head = {name for top in tops for name in index.within(inside[top])}
+        rule = f"torchvision's `{attribute}` on `{path or type(module).__name__}`"
+    core = tuple(name for name in everything if name not in head)
+    blocks = as_groups(index, blocks_of(index, path, kind))
+    adapters = adapter_names(index, path)
+    return assemble(index, _told(rule, core, adapters), core, blocks, adapters=adapters)
+
+
+def _told(rule: str, core: Sequence[str], adapters: Sequence[str]) -> str:
+    return f"{rule}, with PEFT adapters" if set(adapters) & set(core) else rule
+
+
+def blocks_of(index: ModelIndex, path: str, kind: str) -> Blocks:
+    """The repeated layers of a model from a library, each as a tuple of module paths."""
+    if kind == "transformers":
+        return _transformers_blocks(index, path)
+    module: Any = index.modules[path]
+    prefix = path + "." if path else ""
+    if kind == "timm":
+        for name in ("blocks", "layers", "stages"):
+            if isinstance(getattr(module, name, None), (nn.Sequential, nn.ModuleList)):
+                return sequential(index, prefix + name)
+    for name in ("features", "encoder.layers"):
+        if prefix + name in index.modules:
+            return sequential(index, prefix + name)
+    stages = [p for p, _ in index.children(path) if re.search(r"(^|\.)layer\d+$", p)]
+    if stages:
+        return [(stage,) for stage in stages]
+    if kind == "torchvision":
+        return children(index, path, (*HEADS, *AUXILIARY))
+    found = module.get_classifier()
+    head = {index.path(part) for part in module.children() if part is found}
+    return repeated(index, path, {name.rpartition(".")[2] for name in head})
+
+
+def _in_transformers(index: ModelIndex, path: str, module: Any) -> Anatomy:
+    base, inside = _base_of(index, path, module)
+    rule = f"transformers' `base_model` (`{inside or type(base).__name__}`)"
+    kind = kind_of(base)
+    if kind == "timm":
+        return in_zoo_model(index, inside, "timm")
+    blocks = _transformers_blocks(index, inside)
+    layers = getattr(module.config, "num_hidden_layers", None)
+    if hasattr(module.config, "num_hidden_groups") and len(blocks) != layers:
+        rule += f", whose {layers} layers share the weights of {len(blocks)}"
+    core = index.within(base)
+    tied: tuple[str, ...] = ()
+    if len(core) == len(index.within(module)):
+        head, tied = _head_inside(index, inside, blocks)
+        core = tuple(name for name in core if name not in head)
+    adapters = adapter_names(index, inside)
+    return assemble(
+        index,
+        _told(rule, core, adapters),
+        core,
+        as_groups(index, blocks),
+        towers=True,
+        parallel=hasattr(type(base), "get_text_features"),
+        adapters=adapters,
+        tied=tied,
+    )
+
+
+def _base_of(index: ModelIndex, path: str, module: Any) -> tuple[nn.Module, str]:
+    """The body of a transformers model, and where it is.
+
+    `base_model` goes by an attribute's name, and in a model without a head (DINOv3) that can be
+    its encoder, with the embeddings beside it: such a model is its own body.
+    """
+    base = unwrap(module.base_model)
+    known = index.within(base)
+    own = [name for name in index.within(module) if name not in set(known)]
+    before = own and known and index.order[own[0]] < index.order[known[0]]
+    if not known or (before and kind_of(base) is None):
+        return module, path
+    return base, index.path(base)
+
+
+def _head_inside(
+    index: ModelIndex, path: str, blocks: Blocks
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    """The head of a model that is its own `base_model`, and the names of one that is tied.
+
+    That of a language model inside (BLIP-2, encoder-decoder pairs), else the output embedding
+    where it isn't tied to the input's (T5), else what follows the last block.
+    """
+    module: Any = index.modules[path]
+    if not _TASK.search(type(module).__name__):
+        return frozenset(), ()
+    for _, child in reversed(index.children(path)):
+        if kind_of(child) == "transformers" and _TASK.search(type(child).__name__):
+            inner = unwrap(child.base_model)
+            outside = frozenset(index.within(child)).difference(index.within(inner))
+            if inner is not child and outside:
+                return outside, ()
+    out = None
+    with suppress(Exception):  # many models have none, and say so in many ways
+        out = module.get_output_embeddings()
+    if isinstance(out, nn.Module) and id(unwrap(out)) in {id(m) for m in index.modules.values()}:
+        place = index.path(out)
+        own = frozenset(n for n in index.within(out) if n.startswith(place + "."))
+        weights = [n for n in index.canonical if n.startswith(place + ".")]
+        return own, tuple(n for n in weights if index.canonical[n] not in own)
+    if not blocks:
+        return frozenset(), ()
+    last = max(index.order[n] for paths in blocks for p in paths for n in _names(index, p))
+    parts = [_names(index, child) for child, _ in index.children(path)]
+    after = [names for names in parts if min(index.order[n] for n in names) > last]
+    return frozenset(n for names in after for n in names), ()
+
+
+def _names(index: ModelIndex, path: str) -> tuple[str, ...]:
+    return index.within(index.modules[path])
+
+
+def _transformers_blocks(index: ModelIndex, path: str) -> Blocks:
+    """The layers of all towers, in order of registration."""
+    module: Any = index.modules[path]
+    found = outermost(index, path, lambda m: is_a(m, "GradientCheckpointingLayer"))
+    layers = [name for name in found if not _INPUT_LISTS.search(name)]
+    found = layers or found
+    recorded = getattr(module, "_can_record_outputs", None) or {}
+    layer = recorded.get("hidden_states") if isinstance(recorded, dict) else None
+    if not found and isinstance(layer, type):
+        found = outermost(index, path, lambda m: isinstance(m, layer))
+    if not found:
+        listed = longest_list(index, path)
+        return listed if len(listed) > 1 else repeated(index, path)
+    blocks: Blocks = [(name,) for name in found]
+    for tower in _without_layers(index, path, found):
+        blocks += with_siblings(index, tower)
+    return sorted(blocks, key=lambda b: min(index.order[n] for n in _names(index, b[0])))
+
+
+def _without_layers(index: ModelIndex, path: str, found: Sequence[str]) -> list[str]:
+    """Lists of like modules that hold a tenth of a model's weights and none of its known layers.
+
+    Towers whose layers aren't marked as such, beside one whose layers are.
+    """
+    least = elements(index, index.modules[path]) / 10
+    around = {part for name in found for part in _parents(name)}
+    listed: list[str] = []
+    known = set(found)
+
+    def unknown(name: str, module: nn.Module) -> bool:
+        if name in around or known.intersection(_parents(name)) or _INPUT_LISTS.search(name + ".0"):
+            return False
+        return homogeneous(index, module) and elements(index, module) >= least
+
+    prefix = path + "." if path else ""
+    for name, module in index.modules.items():
+        if name.startswith(prefix) and name != path and unknown(name, module):
+            if any(name.startswith(outer + ".") for outer in listed):
+                continue
+            listed.append(name)
+    return [name for name in listed if weight(index, [(name,)])]
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
