@@ -19,7 +19,9 @@ def adapter_names(index: ModelIndex, path: str = "") -> tuple[str, ...]:
         if name.startswith(prefix) and any(k.__module__.split(".")[0] == "peft" for k in kinds):
             own = getattr(module, "adapter_layer_names", ())
             places.update(f"{name}.{part}" if name else part for part in own)
-    return tuple(name for name in index.parameters if name.startswith(prefix) and _added(name, places))
+    return tuple(
+        name for name in index.parameters if name.startswith(prefix) and _added(name, places)
+    )
 
 
 def _added(name: str, places: set[str]) -> bool:

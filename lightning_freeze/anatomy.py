@@ -11,22 +11,31 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from lightning_freeze.names import ModelIndex
 
 # parts that stand above the blocks although some models register them first
 _ABOVE = re.compile(
-    r"^(?!.*emb)(.*pooler.*|(final|last|post|top)_.*|ln_f|norm|norm_f|project_out"
+    r"^(?!.*emb)(.*pooler.*|(final|last|post|top)_.*|.*_(final|post)|ln_f|norm|norm_f|project_out"
     r"|logit_scale.*|logit_bias|temperature)$"
 )
 # parts that belong to the input although some models register them last
-_BELOW = re.compile(r"emb|relative_attention_bias")
+_BELOW = re.compile(r"emb|relative_attention_bias|position_bias")
 # what leads from one tower to the next
 _CONNECTOR = re.compile(
-    r"project|connector|align|merger|adapter|adaptor|adapt|resampler|perceiver|bridge|mm_|multi_modal"
-    r"|multimodal|downsampl"
+    r"project|connector|align|merger|adapt|resampler|perceiver|bridge|mm_|multi_?modal|downsampl"
 )
 _SENSES = re.compile(r"vis|image|img|video|audio|speech|protein|pixel")
+
+
+def is_below(part: str) -> bool:
+    """Whether a part is named like an input: an embedding.
+
+    >>> is_below("embeddings"), is_below("decoder")
+    (True, False)
+    """
+    return _BELOW.search(part) is not None
 
 
 def is_above(part: str) -> bool:
@@ -180,7 +189,7 @@ def assemble(
     head = tuple(name for name in index.parameters if name not in members)
     kept = _disjoint(blocks, members)
     added = tuple(name for name in dict.fromkeys(adapters) if name in members)
-    more = {"adapters": added, "tied": tuple(tied)}
+    more: dict[str, Any] = {"adapters": added, "tied": tuple(tied)}
     if not kept:
         stem = LayerGroup(stem_name(index, backbone), tuple(backbone)) if backbone else None
         return Anatomy(rule, stem, (), (), head, **more)
@@ -189,7 +198,7 @@ def assemble(
     if len(found) < 2:
         found = [_tower(index, stack_name(base, kept), kept, range(len(kept)))]
     elif not parallel:
-        found.sort(key=lambda tower: _rank(tower.name.removeprefix(base + ".")))
+        found.sort(key=lambda tower: _rank(kept[tower.places[0]].name.removeprefix(base + ".")))
     below, above, extra = _Sorter(index, base, kept, found, parallel).sort(
         name for name in backbone if name not in {n for block in kept for n in block.parameters}
     )
@@ -233,7 +242,9 @@ def _rank(name: str) -> int:
     return 0 if _SENSES.search(name) else 1
 
 
-def _tower(index: ModelIndex, name: str, kept: Sequence[LayerGroup], places: Iterable[int]) -> _Tower:
+def _tower(
+    index: ModelIndex, name: str, kept: Sequence[LayerGroup], places: Iterable[int]
+) -> _Tower:
     listed = list(places)
     order = index.order
     spans = [order[n] for place in listed for n in kept[place].parameters]

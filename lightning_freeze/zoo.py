@@ -10,12 +10,13 @@ from typing import Any
 from torch import nn
 
 from lightning_freeze.adapters import adapter_names
-from lightning_freeze.anatomy import Anatomy, LayerGroup, assemble
+from lightning_freeze.anatomy import Anatomy, LayerGroup, assemble, is_above, is_below
 from lightning_freeze.blocks import (
     Blocks,
     children,
     elements,
     homogeneous,
+    homogeneous_lists,
     is_a,
     longest_list,
     outermost,
@@ -32,6 +33,12 @@ AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
 # a transformers class with a head has one of these in its name
 _TASK = re.compile(r"For[A-Z]|LMHead|EncoderDecoder|WithHead")
 # the convolutions that a speech model begins with: its input, as an embedding is a text model's
+# share of a model's weights that makes a part a tower
+_LEAST = 0.04
+_NO_TOWER = re.compile(
+    r"head|classif|merger|proj|connector|codec|vocoder|wav|neck|feature_e(xtractor|ncoder)|conv$"
+    r"|^pos_|embedder|output|resampler|compressor|adapter|net$|fpn|pan_|lateral"
+)
 _INPUT_LISTS = re.compile(r"(^|\.)(feature_extractor|feature_encoder|prenet)\.|conv_layers\.\d+$")
 
 
@@ -143,7 +150,7 @@ def _in_transformers(index: ModelIndex, path: str, module: Any) -> Anatomy:
     core = index.within(base)
     tied: tuple[str, ...] = ()
     if len(core) == len(index.within(module)):
-        head, tied = _head_inside(index, inside, blocks)
+        head, tied = _head_inside(index, path, base, blocks)
         core = tuple(name for name in core if name not in head)
     adapters = adapter_names(index, inside)
     return assemble(
@@ -165,44 +172,54 @@ def _base_of(index: ModelIndex, path: str, module: Any) -> tuple[nn.Module, str]
     its encoder, with the embeddings beside it: such a model is its own body.
     """
     base = unwrap(module.base_model)
-    known = index.within(base)
-    own = [name for name in index.within(module) if name not in set(known)]
-    before = own and known and index.order[own[0]] < index.order[known[0]]
-    if not known or (before and kind_of(base) is None):
+    inside = index.path(base)
+    if base is module or not index.within(base):
         return module, path
-    return base, index.path(base)
+    if not _TASK.search(type(module).__name__):
+        parts = [
+            name.rpartition(".")[2] for name, child in index.children(path) if child is not base
+        ]
+        if all(is_below(part) or is_above(part) or "norm" in part for part in parts):
+            return module, path
+    return base, inside
 
 
 def _head_inside(
-    index: ModelIndex, path: str, blocks: Blocks
+    index: ModelIndex, path: str, base: nn.Module, blocks: Blocks
 ) -> tuple[frozenset[str], tuple[str, ...]]:
-    """The head of a model that is its own `base_model`, and the names of one that is tied.
+    """The head of a model whose `base_model` holds all of it, and the names of one that is tied.
 
-    That of a language model inside (BLIP-2, encoder-decoder pairs), else the output embedding
-    where it isn't tied to the input's (T5), else what follows the last block.
+    That of a language model inside (BLIP-2, encoder-decoder pairs) and the output embedding where
+    it isn't tied to the input's (T5), else what is beside the base (RT-DETR, whose base uses its
+    heads, too), else what follows the last block.
     """
     module: Any = index.modules[path]
     if not _TASK.search(type(module).__name__):
         return frozenset(), ()
-    for _, child in reversed(index.children(path)):
+    inner: frozenset[str] = frozenset()
+    for _, child in index.children(path):
         if kind_of(child) == "transformers" and _TASK.search(type(child).__name__):
-            inner = unwrap(child.base_model)
-            outside = frozenset(index.within(child)).difference(index.within(inner))
-            if inner is not child and outside:
-                return outside, ()
+            body: Any = child.base_model
+            own = unwrap(body)
+            inner |= frozenset(index.within(child)).difference(index.within(own))
     out = None
     with suppress(Exception):  # many models have none, and say so in many ways
         out = module.get_output_embeddings()
     if isinstance(out, nn.Module) and id(unwrap(out)) in {id(m) for m in index.modules.values()}:
-        place = index.path(out)
-        own = frozenset(n for n in index.within(out) if n.startswith(place + "."))
-        weights = [n for n in index.canonical if n.startswith(place + ".")]
-        return own, tuple(n for n in weights if index.canonical[n] not in own)
-    if not blocks:
-        return frozenset(), ()
+        place = index.path(out) + "."
+        own = [n for n in index.within(out) if n.startswith(place)]
+        if is_below(place.split(".")[-2]):
+            own = []  # FSMT's decoder embeds with what it predicts with
+        head = inner | frozenset(own)
+        shared = [
+            n for n, first in index.canonical.items() if n.startswith(place) and first not in head
+        ]
+        return head, tuple(shared)
+    beside = [_names(index, child) for child, m in index.children(path) if m is not base]
+    if inner or not blocks or (beside and base is not module):
+        return inner or frozenset(n for names in beside for n in names if base is not module), ()
     last = max(index.order[n] for paths in blocks for p in paths for n in _names(index, p))
-    parts = [_names(index, child) for child, _ in index.children(path)]
-    after = [names for names in parts if min(index.order[n] for n in names) > last]
+    after = [names for names in beside if min(index.order[n] for n in names) > last]
     return frozenset(n for names in after for n in names), ()
 
 
@@ -221,36 +238,60 @@ def _transformers_blocks(index: ModelIndex, path: str) -> Blocks:
     if not found and isinstance(layer, type):
         found = outermost(index, path, lambda m: isinstance(m, layer))
     if not found:
-        listed = longest_list(index, path)
-        return listed if len(listed) > 1 else repeated(index, path)
+        return _all_lists(index, path) or longest_list(index, path) or repeated(index, path)
     blocks: Blocks = [(name,) for name in found]
-    for tower in _without_layers(index, path, found):
-        blocks += with_siblings(index, tower)
+    for tower in _towers_without(index, path, found):
+        blocks += _like_layers(index, tower)
     return sorted(blocks, key=lambda b: min(index.order[n] for n in _names(index, b[0])))
 
 
-def _without_layers(index: ModelIndex, path: str, found: Sequence[str]) -> list[str]:
-    """Lists of like modules that hold a tenth of a model's weights and none of its known layers.
+def _all_lists(index: ModelIndex, path: str) -> Blocks:
+    """The members of every list of like modules that is a tower by its weight and its name."""
+    least = elements(index, index.modules[path]) * _LEAST
+    blocks: Blocks = []
+    seen: set[str] = set()
+    for name in homogeneous_lists(index, path):
+        if name in seen or _NO_TOWER.search(name) or is_below(name.rpartition(".")[2]):
+            continue
+        joined = with_siblings(index, name)
+        seen.update(index.owner(member) for member in joined[0])
+        if elements(index, index.modules[name]) >= least:
+            blocks += joined
+    return sorted(blocks, key=lambda b: min(index.order[n] for n in _names(index, b[0])))
 
-    Towers whose layers aren't marked as such, beside one whose layers are.
+
+def _towers_without(index: ModelIndex, path: str, found: Sequence[str]) -> list[str]:
+    """Parts with a fair share of a model's weights that hold none of its known layers.
+
+    In some models the layers of one tower are marked as such, and those of another aren't.
     """
-    least = elements(index, index.modules[path]) / 10
-    around = {part for name in found for part in _parents(name)}
-    listed: list[str] = []
+    least = elements(index, index.modules[path]) * _LEAST
+    holders = {part for name in found for part in _parents(name) if part.startswith(path)}
+    holders.add(path)
     known = set(found)
+    return [
+        child
+        for holder in holders
+        for child, module in index.children(holder)
+        if child not in holders
+        and child not in known
+        and elements(index, module) >= least
+        and not _NO_TOWER.search(child.rpartition(".")[2])
+    ]
 
-    def unknown(name: str, module: nn.Module) -> bool:
-        if name in around or known.intersection(_parents(name)) or _INPUT_LISTS.search(name + ".0"):
-            return False
-        return homogeneous(index, module) and elements(index, module) >= least
 
-    prefix = path + "." if path else ""
-    for name, module in index.modules.items():
-        if name.startswith(prefix) and name != path and unknown(name, module):
-            if any(name.startswith(outer + ".") for outer in listed):
-                continue
-            listed.append(name)
-    return [name for name in listed if weight(index, [(name,)])]
+def _like_layers(index: ModelIndex, tower: str) -> Blocks:
+    """The layers of a tower: a list of like modules, or numbered ones, with half its weights."""
+    module = index.modules[tower]
+    if homogeneous(index, module):
+        return [] if "emb" in tower.rpartition(".")[2] else with_siblings(index, tower)
+    blocks = repeated(index, tower)
+    if not blocks:
+        return []
+    container = index.modules[index.owner(blocks[0][0])]
+    alike = homogeneous(index, container) or all(re.search(r"[a-z]\d+$", b[0]) for b in blocks)
+    enough = 2 * weight(index, blocks) >= elements(index, module)
+    return blocks if len(blocks) > 1 and alike and enough else []
 
 
 def _parents(name: str) -> list[str]:
