@@ -200,8 +200,7 @@ def _head_inside(
     for _, child in index.children(path):
         if kind_of(child) == "transformers" and _TASK.search(type(child).__name__):
             body: Any = child.base_model
-            own = unwrap(body)
-            inner |= frozenset(index.within(child)).difference(index.within(own))
+            inner |= frozenset(index.within(child)).difference(index.within(unwrap(body)))
     out = None
     with suppress(Exception):  # many models have none, and say so in many ways
         out = module.get_output_embeddings()
