@@ -163,12 +163,14 @@ class FreezeBackbone(FreezingCallback):
         why = "the model has no head beside its backbone"
         if anatomy.tied:
             why = f"its head `{anatomy.tied[0]}` is one tensor with the input embedding"
-        options = [f"`FreezeBackbone({named}trainable_layers=1)` to train `{top}`, too"]
+        options = [f"`FreezeBackbone({named}trainable_layers=1)` to train `{top}` as well"]
         if anatomy.tied:
-            options.append(f'`trainable="{anatomy.tied[0]}"` to train that tensor')
+            options.append(
+                f'`FreezeBackbone({named}trainable="{anatomy.tied[0]}")` to train that tensor'
+            )
         if len(anatomy.stacks) > 1 and self.backbone is None:
             options.append(f'`FreezeBackbone("{anatomy.stacks[0].name}")` to freeze that alone')
-        return f"{why}. Write {', '.join(options[:-1])}{' or ' if options[1:] else ''}{options[-1]}"
+        return f"{why}. Write {'; or '.join(options)}"
 
     def preview(self, model: nn.Module, max_epochs: int = 1) -> SchedulePreview:
         """What trains when in a model, without a Trainer.
