@@ -21,7 +21,7 @@ _ABOVE = re.compile(
     r"|logit_scale.*|logit_bias|temperature)$"
 )
 # parts that belong to the input although some models register them last
-_BELOW = re.compile(r"emb|relative_attention_bias|position_bias")
+_BELOW = re.compile(r"emb|rel(ative)?_(pos|att)|position_bias")
 # what leads from one tower to the next
 _CONNECTOR = re.compile(
     r"project|connector|align|merger|adapt|resampler|perceiver|bridge|mm_|multi_?modal|downsampl"
@@ -236,8 +236,10 @@ def _disjoint(blocks: Sequence[LayerGroup], members: set[str]) -> list[LayerGrou
 
 
 def _rank(name: str) -> int:
-    """What comes in through the senses comes first, and a decoder last."""
+    """What comes in through the senses is first, then what is read, what joins both, a decoder."""
     if re.search(r"(^|[._])(decoder|predictor)", name):
+        return 3
+    if re.search(r"cross|fusion|multi_?modal|(^|\.)x_layers", name):
         return 2
     return 0 if _SENSES.search(name) else 1
 
@@ -365,6 +367,10 @@ class _Sorter:
         part, position = self._part(name), self.order[name]
         homes = [t for t in self.towers if name.startswith(t.name + ".")]
         if not homes:
+            around = self._around(name)
+            if around:
+                early = position < around[0].first and not _ABOVE.search(part)
+                return "below" if early or _BELOW.search(part) else around[-1].places[-1]
             if _ABOVE.search(part):
                 return "above"
             if _BELOW.search(part):
@@ -385,6 +391,17 @@ class _Sorter:
         elif _BELOW.search(part):
             return "below"
         return "above" if top else home.places[-1]
+
+    def _around(self, name: str) -> list[_Tower]:
+        """The towers of a part of the model that this parameter is in, if it isn't the top one."""
+        path = ""
+        for component in name.split("."):
+            longer = f"{path}.{component}" if path else component
+            if longer not in self.holders:
+                break
+            path = longer
+        inside = [t for t in self.towers if t.name.startswith(path + ".")]
+        return inside if inside and inside[-1] is not self.towers[-1] else []
 
     def _connected(self, part: str) -> int:
         """The top of the tower that a connector leads away from: the last before the decoder."""

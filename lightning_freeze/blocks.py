@@ -130,7 +130,7 @@ def weight(index: ModelIndex, blocks: Blocks) -> int:
 
 
 def children(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Blocks:
-    """The children of a module but some; the one with most of the weights as its own.
+    """The children of a module but some, or those of the one container with most of the weights.
 
     A normalisation goes with the layer before it.
     """
@@ -141,8 +141,8 @@ def children(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Block
     for child, module in inside:
         container = isinstance(module, (nn.Sequential, nn.ModuleList))
         if container and 2 * size[child] > sum(size.values()):
-            blocks += sequential(index, child)
-        elif blocks and "Norm" in class_of(module).__name__:
+            return sequential(index, child)
+        if blocks and "Norm" in class_of(module).__name__:
             blocks[-1] += (child,)
         else:
             blocks.append((child,))
@@ -158,6 +158,17 @@ def numbered(index: ModelIndex, path: str) -> Blocks:
             found.setdefault(match.group(1), []).append((child,))
     groups = [blocks for blocks in found.values() if len(blocks) > 1]
     return max(groups, key=lambda blocks: weight(index, blocks), default=[])
+
+
+def _stages(index: ModelIndex, path: str, blocks: Blocks) -> Blocks:
+    """Blocks, or the stages around them where their list is one of several in a list (VOLO)."""
+    around = index.owner(index.owner(blocks[0][0]))
+    prefix = path + "." if path else ""
+    if around.startswith(prefix) and around != path:
+        container = index.modules[around]
+        if isinstance(container, (nn.Sequential, nn.ModuleList)) and len(container) > 1:
+            return sequential(index, around)
+    return blocks
 
 
 def repeated(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Blocks:
@@ -177,10 +188,13 @@ def repeated(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Block
         return repeated(index, inside[0][0])
     module = index.modules[path]
     half = sum(elements(index, child) for _, child in inside) / 2
+    features = [child for child, _ in inside if child.rpartition(".")[2] == "features"]
+    if features:
+        return sequential(index, features[0])
     listed = longest_list(index, path)
     listed = [b for b in listed if not left_out.intersection(b[0].split("."))]
     if listed and weight(index, listed) >= half:
-        return listed
+        return _stages(index, path, listed)
     by_number = [b for b in numbered(index, path) if b[0].rpartition(".")[2] not in left_out]
     if len(by_number) > 1 and weight(index, by_number) >= half:
         return by_number

@@ -33,7 +33,14 @@ from lightning_freeze.blocks import (
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.selectors import Selectors, as_selectors, select
-from lightning_freeze.zoo import as_groups, blocks_of, in_zoo_model, kind_of, zoo_models
+from lightning_freeze.zoo import (
+    as_groups,
+    blocks_of,
+    has_task,
+    in_zoo_model,
+    kind_of,
+    zoo_models,
+)
 
 __all__ = [
     "Anatomy",
@@ -168,11 +175,14 @@ def discover(index: ModelIndex) -> Anatomy:
         DiscoveryError: no rule applies, or several models could be the one that is meant.
     """
     for root in index.roots:
-        found = _by_attribute(index, root, ("backbone", "feature_extractor"))
-        if found:
-            return found
-        if kind_of(index.modules[root]):
-            break  # what a library's model calls its backbone is a part of it
+        module = index.modules[root]
+        kind = kind_of(module)
+        if kind != "transformers" or has_task(module):
+            found = _by_attribute(index, root, ("backbone", "feature_extractor"))
+            if found:
+                return found
+        if kind:
+            break  # what a part of a library's model calls its backbone is a part of that
     zoo = zoo_models(index)
     if len(zoo) == 1:
         return in_zoo_model(index, *zoo[0])

@@ -14,6 +14,7 @@ from lightning_freeze.anatomy import Anatomy, LayerGroup, assemble, is_above, is
 from lightning_freeze.blocks import (
     Blocks,
     children,
+    class_of,
     elements,
     homogeneous,
     homogeneous_lists,
@@ -31,7 +32,7 @@ HEADS = ("classifier", "fc", "heads", "head")
 # classifiers in the middle of a torchvision model, for the loss alone
 AUXILIARY = ("aux1", "aux2", "AuxLogits", "aux_classifier")
 # a transformers class with a head has one of these in its name
-_TASK = re.compile(r"For[A-Z]|LMHead|EncoderDecoder|WithHead")
+_TASK = re.compile(r"For[A-Z]|Heads?(Model)?$|LMHead|EncoderDecoder|MTModel$|Decoder$")
 # the convolutions that a speech model begins with: its input, as an embedding is a text model's
 # share of a model's weights that makes a part a tower
 _LEAST = 0.04
@@ -58,6 +59,11 @@ def kind_of(module: nn.Module) -> str | None:
         if "features" in inside or layered or _from_torchvision(module):
             return "torchvision"
     return None
+
+
+def has_task(module: nn.Module) -> bool:
+    """Whether a transformers class is named after a task, and so has a head."""
+    return any(_TASK.search(base.__name__) for base in type(module).__mro__[:2])
 
 
 def _from_torchvision(module: nn.Module) -> bool:
@@ -127,8 +133,8 @@ def blocks_of(index: ModelIndex, path: str, kind: str) -> Blocks:
     for name in ("features", "encoder.layers"):
         if prefix + name in index.modules:
             return sequential(index, prefix + name)
-    stages = [p for p, _ in index.children(path) if re.search(r"(^|\.)layer\d+$", p)]
-    if stages:
+    stages = [p for p, _ in index.children(path) if re.search(r"(^|\.)(layer|stage)\d+$", p)]
+    if len(stages) > 1:
         return [(stage,) for stage in stages]
     if kind == "torchvision":
         return children(index, path, (*HEADS, *AUXILIARY))
@@ -175,7 +181,7 @@ def _base_of(index: ModelIndex, path: str, module: Any) -> tuple[nn.Module, str]
     inside = index.path(base)
     if base is module or not index.within(base):
         return module, path
-    if not _TASK.search(type(module).__name__):
+    if not has_task(module):
         parts = [
             name.rpartition(".")[2] for name, child in index.children(path) if child is not base
         ]
@@ -194,11 +200,11 @@ def _head_inside(
     heads, too), else what follows the last block.
     """
     module: Any = index.modules[path]
-    if not _TASK.search(type(module).__name__):
+    if not has_task(module):
         return frozenset(), ()
     inner: frozenset[str] = frozenset()
     for _, child in index.children(path):
-        if kind_of(child) == "transformers" and _TASK.search(type(child).__name__):
+        if kind_of(child) == "transformers" and has_task(child):
             body: Any = child.base_model
             inner |= frozenset(index.within(child)).difference(index.within(unwrap(body)))
     out = None
@@ -231,22 +237,35 @@ def _transformers_blocks(index: ModelIndex, path: str) -> Blocks:
     module: Any = index.modules[path]
     found = outermost(index, path, lambda m: is_a(m, "GradientCheckpointingLayer"))
     layers = [name for name in found if not _INPUT_LISTS.search(name)]
-    found = layers or found
+    found = _with_unmarked(index, layers or found)
     recorded = getattr(module, "_can_record_outputs", None) or {}
     layer = recorded.get("hidden_states") if isinstance(recorded, dict) else None
     if not found and isinstance(layer, type):
         found = outermost(index, path, lambda m: isinstance(m, layer))
     if not found:
-        return _all_lists(index, path) or longest_list(index, path) or repeated(index, path)
+        least = elements(index, index.modules[path]) * _LEAST
+        listed = _all_lists(index, path, least)
+        return listed or longest_list(index, path) or repeated(index, path)
     blocks: Blocks = [(name,) for name in found]
     for tower in _towers_without(index, path, found):
-        blocks += _like_layers(index, tower)
+        blocks += _like_layers(index, tower, elements(index, index.modules[path]) * _LEAST)
     return sorted(blocks, key=lambda b: min(index.order[n] for n in _names(index, b[0])))
 
 
-def _all_lists(index: ModelIndex, path: str) -> Blocks:
+def _with_unmarked(index: ModelIndex, found: list[str]) -> list[str]:
+    """Layers, and their neighbours in the same list that aren't marked as layers (MobileViT)."""
+    known = set(found)
+    for owner in dict.fromkeys(index.owner(name) for name in found):
+        for child, module in index.children(owner):
+            plain = not re.search(r"emb|down|merg|norm", class_of(module).__name__.lower())
+            inside = any(name.startswith(child + ".") for name in found)
+            if isinstance(index.modules[owner], nn.ModuleList) and plain and not inside:
+                known.add(child)
+    return [name for name in index.modules if name in known]
+
+
+def _all_lists(index: ModelIndex, path: str, least: float) -> Blocks:
     """The members of every list of like modules that is a tower by its weight and its name."""
-    least = elements(index, index.modules[path]) * _LEAST
     blocks: Blocks = []
     seen: set[str] = set()
     for name in homogeneous_lists(index, path):
@@ -279,18 +298,17 @@ def _towers_without(index: ModelIndex, path: str, found: Sequence[str]) -> list[
     ]
 
 
-def _like_layers(index: ModelIndex, tower: str) -> Blocks:
-    """The layers of a tower: a list of like modules, or numbered ones, with half its weights."""
+def _like_layers(index: ModelIndex, tower: str, least: float) -> Blocks:
+    """The layers of a tower: lists of like modules, or numbered ones, with half its weights."""
     module = index.modules[tower]
     if homogeneous(index, module):
         return [] if "emb" in tower.rpartition(".")[2] else with_siblings(index, tower)
+    half = elements(index, module) / 2
     blocks = repeated(index, tower)
-    if not blocks:
-        return []
-    container = index.modules[index.owner(blocks[0][0])]
-    alike = homogeneous(index, container) or all(re.search(r"[a-z]\d+$", b[0]) for b in blocks)
-    enough = 2 * weight(index, blocks) >= elements(index, module)
-    return blocks if len(blocks) > 1 and alike and enough else []
+    numbered = len(blocks) > 1 and all(re.search(r"[a-z]\d+$", b[0]) for b in blocks)
+    if not numbered:
+        blocks = _all_lists(index, tower, least)
+    return blocks if weight(index, blocks) >= half else []
 
 
 def _parents(name: str) -> list[str]:

@@ -1,9 +1,9 @@
 """`python -m tests.families`: what discovery finds in each family of models.
 
-    python -m tests.families                 the page docs/families.md, printed
-    python -m tests.families --write         ... written
-    python -m tests.families --all           a line for each family that transformers has
-    python -m tests.families bert clip       those alone, in full
+python -m tests.families                 the page docs/families.md, printed
+python -m tests.families --write         ... written
+python -m tests.families --all           a line for each family that transformers has
+python -m tests.families bert clip       those alone, in full
 """
 
 from __future__ import annotations

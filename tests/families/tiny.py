@@ -35,6 +35,7 @@ _TASKS = (
     "DEPTH_ESTIMATION",
     "VISUAL_QUESTION_ANSWERING",
     "TIME_SERIES_PREDICTION",
+    "ZERO_SHOT_OBJECT_DETECTION",
     "PRETRAINING",
 )
 _DEPTH = re.compile(
@@ -45,12 +46,12 @@ _DEPTH = re.compile(
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size"), 16),
-    **dict.fromkeys(("word_embed_proj_dim", "projection_dim", "embed_dim", "output_hidden_size"), 16),
+    **dict.fromkeys(("word_embed_proj_dim", "projection_dim", "embed_dim"), 16),
     **dict.fromkeys(("lru_width", "attention_hidden_size", "d_embed"), 16),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "attention_heads"), 2),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim", "ffn_hidden_size"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "n_inner", "hidden_dim"), 32),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_inner", "moe_intermediate_size"), 32),
     **dict.fromkeys(("shared_expert_intermediate_size", "ff_dim"), 32),
     **dict.fromkeys(("head_dim", "d_kv", "rotary_dim", "v_head_dim", "qk_nope_head_dim"), 8),
