@@ -16,7 +16,7 @@ from pathlib import Path
 
 import tests.conftest  # noqa: F401  # offline and quiet; torchvision's operators are declared
 from tests.families.rows import row_of
-from tests.families.table import page
+from tests.families.table import page, timm_rows, torchvision_rows, transformers_rows
 from tests.families.tiny import on_meta
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed += not row.partition or not row.stacks
             print(" | ".join(cell or "-" for cell in row.cells()))
         return int(failed > 0)
-    text = page()
+    text = page(list(transformers_rows()), list(timm_rows()), list(torchvision_rows()))
     if options.write:
         PAGE.write_text(text, encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -64,10 +64,8 @@ def _lines(rows: Iterable[Row]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in row.cells()) + " |"
 
 
-def page() -> str:
+def page(transformers: list[tuple[Row, list[int]]], timm: list[Row], torchvision: list[Row]) -> str:
     """The page docs/families.md."""
-    transformers = list(transformers_rows())
-    timm, torchvision = list(timm_rows()), list(torchvision_rows())
     odd = [row.family for row, named in transformers if differs(row, named)]
     lines = [
         "# Families of models, and what is found in each",
