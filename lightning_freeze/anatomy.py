@@ -199,8 +199,9 @@ def assemble(
         found = [_tower(index, stack_name(base, kept), kept, range(len(kept)))]
     elif not parallel:
         found.sort(key=lambda tower: _rank(kept[tower.places[0]].name.removeprefix(base + ".")))
+    taken = {name for block in kept for name in block.parameters}
     below, above, extra = _Sorter(index, base, kept, found, parallel).sort(
-        name for name in backbone if name not in {n for block in kept for n in block.parameters}
+        name for name in backbone if name not in taken
     )
     full = [
         LayerGroup(block.name, block.parameters + tuple(extra.get(place, ())))

@@ -84,11 +84,13 @@ def longest_list(index: ModelIndex, path: str) -> Blocks:
     lists = homogeneous_lists(index, path)
     if not lists:
         return []
-    best = max(
-        lists,
-        key=lambda name: (len(index.children(name)), len(index.within(index.modules[name]))),
-    )
-    return with_siblings(index, best)
+
+    def rank(name: str) -> tuple[int, bool, int]:
+        members = index.children(name)
+        norms = all("Norm" in class_of(module).__name__ for _, module in members)
+        return len(members), not norms, len(index.within(index.modules[name]))
+
+    return with_siblings(index, max(lists, key=rank))
 
 
 def with_siblings(index: ModelIndex, path: str) -> Blocks:

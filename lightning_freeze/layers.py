@@ -26,8 +26,10 @@ from lightning_freeze.blocks import (
     class_of,
     homogeneous_lists,
     longest_list,
+    numbered,
     repeated,
     sequential,
+    weight,
     with_siblings,
 )
 from lightning_freeze.errors import ArgumentError, DiscoveryError
@@ -192,15 +194,12 @@ def discover(index: ModelIndex) -> Anatomy:
             f"Several models could hold the backbone: {names}. Name one, as in "
             f'`FreezeBackbone(backbone="{zoo[0][0]}")`, or give `groups`.'
         )
-    for root in index.roots:
-        found = (
-            _by_attribute(index, root, ("encoder",))
-            or _by_order(index, root)
-            or _by_list(index, root)
-            or _by_head(index, root)
-        )
-        if found:
-            return found
+    inside_out = list(reversed(index.roots))
+    for rule in (_by_encoder, _by_order, _by_list, _by_head):
+        for root in inside_out:
+            found = rule(index, root)
+            if found:
+                return found
     raise _not_found(index)
 
 
@@ -225,6 +224,10 @@ def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anato
                 index, rule, core, as_groups(index, blocks), towers=towers, adapters=adapters
             )
     return None
+
+
+def _by_encoder(index: ModelIndex, root: str) -> Anatomy | None:
+    return _by_attribute(index, root, ("encoder",))
 
 
 def _by_order(index: ModelIndex, root: str) -> Anatomy | None:
@@ -260,10 +263,17 @@ def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
             if heads.isdisjoint(index.within(index.modules[listed[0][0]]))
         ]
         blocks = max(lists, key=len, default=[])
+    what = "the list of like modules"
+    others = [b for b in numbered(index, root) if heads.isdisjoint(_names(index, [b]))]
+    if len(others) > 1 and weight(index, blocks) < weight(index, others) / 2:
+        blocks, what = others, "the numbered modules"
     if not blocks:
         return None
+    pair = index.owner(blocks[0][0]).replace("decoder", "encoder")
+    if pair != index.owner(blocks[0][0]) and pair in homogeneous_lists(index, root):
+        blocks = with_siblings(index, pair) + blocks  # of a torch.nn.Transformer
     order = index.order
-    last = max(order[n] for paths in blocks for p in paths for n in index.within(index.modules[p]))
+    last = max(order[name] for name in _names(index, blocks))
     prefix = root + "." if root else ""
     core = [
         name
@@ -273,9 +283,14 @@ def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
     ]
     if len(core) == len(index.parameters):
         return None
-    container = index.owner(blocks[0][0])
-    rule = f"the list of like modules `{container or type(index.modules['']).__name__}`"
-    return assemble(index, rule, core, as_groups(index, blocks))
+    place = index.owner(blocks[0][0]) or class_of(index.modules[""]).__name__
+    if what == "the numbered modules":
+        place = f"{blocks[0][0]}` ... `{blocks[-1][0]}"
+    return assemble(index, f"{what} `{place}`", core, as_groups(index, blocks))
+
+
+def _names(index: ModelIndex, blocks: Blocks) -> list[str]:
+    return [name for paths in blocks for p in paths for name in index.within(index.modules[p])]
 
 
 def _by_head(index: ModelIndex, root: str) -> Anatomy | None:
@@ -343,18 +358,28 @@ def _zoo_around(index: ModelIndex, members: set[str]) -> list[Anatomy]:
 
 
 def _not_found(index: ModelIndex) -> DiscoveryError:
-    children = [f"`{name}` ({type(m).__name__})" for name, m in index.children("")]
-    lists = [_described(index, name) for name in homogeneous_lists(index, "")]
-    names = [name for name, _ in index.children("")] or ["encoder"]
-    listed = f"Lists of like modules: {', '.join(lists)}. " if lists else ""
-    likely = (homogeneous_lists(index, "") or names)[0] or names[0]
+    parts = [f"`{name}` ({type(m).__name__})" for name, m in index.children("")]
+    parts += [f"`{name}`" for name in index.parameters if "." not in name]
+    lists = homogeneous_lists(index, "") if parts else []
+    names = [name for name, _ in index.children("")]
+    names = names + [name for name in index.parameters if "." not in name]
+    listed = ", ".join(_described(index, name) for name in lists)
+    likely = [name for name in lists if name][:1] or names[:-1] or names
+    advice = (
+        f"Say it yourself: `FreezeBackbone(backbone={_quoted(likely)})`, or "
+        f"`GradualUnfreeze(groups={names})`, bottom to top."
+    )
     return DiscoveryError(
         "No backbone was found: there is no timm, transformers or torchvision model, no "
         "attribute `backbone`, `feature_extractor` or `encoder` with a head beside it, and no "
-        f"list of like layers below a head. The model has: {', '.join(children) or 'no parameters'}"
-        f'. {listed}Say it yourself: `FreezeBackbone(backbone="{likely}")`, or '
-        f"`GradualUnfreeze(groups={names})`, bottom to top."
+        f"list of like layers below a head. The model has: {', '.join(parts) or 'no parameters'}. "
+        + (f"Lists of like modules: {listed}. " if listed else "")
+        + (advice if parts else "There is nothing to freeze.")
     )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return f'"{names[0]}"' if len(names) == 1 else str(list(names))
 
 
 def _described(index: ModelIndex, path: str) -> str:

@@ -255,11 +255,11 @@ def _transformers_blocks(index: ModelIndex, path: str) -> Blocks:
 def _with_unmarked(index: ModelIndex, found: list[str]) -> list[str]:
     """Layers, and their neighbours in the same list that aren't marked as layers (MobileViT)."""
     known = set(found)
+    around = {part for name in found for part in _parents(name)}
     for owner in dict.fromkeys(index.owner(name) for name in found):
         for child, module in index.children(owner):
             plain = not re.search(r"emb|down|merg|norm", class_of(module).__name__.lower())
-            inside = any(name.startswith(child + ".") for name in found)
-            if isinstance(index.modules[owner], nn.ModuleList) and plain and not inside:
+            if isinstance(index.modules[owner], nn.ModuleList) and plain and child not in around:
                 known.add(child)
     return [name for name in index.modules if name in known]
 

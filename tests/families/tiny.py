@@ -73,6 +73,7 @@ _SMALL: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
     "classifier_proj_size": 8,
     "hidden_sizes": [8, 16, 24, 32],
+    **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop"), 0.0),
     "hidden_dropout_prob": 0.0,
     "frequency_stride": 8,
     "time_stride": 8,
