@@ -21,7 +21,7 @@ _FEED_FORWARD = re.compile(r"ffn|mlp|feed|^ff")
 def class_of(module: nn.Module) -> type[nn.Module]:
     """The class a module was written as, before FSDP2 or a parametrization made it another."""
     for kind in type(module).__mro__:
-        made = "FSDPModule" in {base.__name__ for base in kind.__bases__}
+        made = "FSDPModule" in {kind.__name__, *(base.__name__ for base in kind.__bases__)}
         if not made and not kind.__name__.startswith("Parametrized"):
             return kind
     return type(module)

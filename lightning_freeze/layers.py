@@ -55,6 +55,7 @@ __all__ = [
     "layer_groups",
 ]
 
+_TOWER = re.compile(r"(encoder|decoder|tower|branch|stream|net|model|expert)s?_?\d+$")
 _HEAD = re.compile(
     r"(.*_)?(head|heads|classifier|classif|logits|predictor|regressor)|fc|fc_out|out|output"
     r"|output_layer|out_proj|proj_out|score|readout|generator"
@@ -265,7 +266,9 @@ def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
         blocks = max(lists, key=len, default=[])
     what = "the list of like modules"
     others = [b for b in numbered(index, root) if heads.isdisjoint(_names(index, [b]))]
-    if len(others) > 1 and weight(index, blocks) < weight(index, others) / 2:
+    inside = any((b[0] + ".").startswith(other + ".") for b in blocks[:1] for (other,) in others)
+    lighter = weight(index, blocks) < weight(index, others) / 2
+    if len(others) > 1 and (inside or lighter) and not _TOWER.search(others[0][0]):
         blocks, what = others, "the numbered modules"
     if not blocks:
         return None

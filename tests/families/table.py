@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -64,6 +65,12 @@ def _lines(rows: Iterable[Row]) -> Iterator[str]:
         yield "| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in row.cells()) + " |"
 
 
+def made_with() -> str:
+    """The versions that the page was made with."""
+    libraries = [f"{name} {version(name)}" for name in ("transformers", "timm", "torchvision")]
+    return f"Versions: {', '.join(libraries)}."
+
+
 def page(transformers: list[tuple[Row, list[int]]], timm: list[Row], torchvision: list[Row]) -> str:
     """The page docs/families.md."""
     odd = [row.family for row, named in transformers if differs(row, named)]
@@ -74,6 +81,8 @@ def page(transformers: list[tuple[Row, list[int]]], timm: list[Row], torchvision
         "its default config with at most four layers a tower and three a decoder (transformers), "
         "or as it is (timm, torchvision), without weights. In each of them every parameter is in "
         "exactly one layer group, in data-flow order. `a.0-3 (4)` are the blocks `a.0` to `a.3`.",
+        "",
+        made_with(),
         "",
         f"## transformers: {len(transformers)} families",
         "",

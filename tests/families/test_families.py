@@ -15,7 +15,14 @@ from torch.utils.data import DataLoader
 from lightning_freeze import FreezeBackbone, TrainableParamAudit, anatomy
 from tests.families.known import DIFFERS, TIMM, TORCHVISION, TRANSFORMERS
 from tests.families.rows import Row
-from tests.families.table import differs, page, timm_rows, torchvision_rows, transformers_rows
+from tests.families.table import (
+    differs,
+    made_with,
+    page,
+    timm_rows,
+    torchvision_rows,
+    transformers_rows,
+)
 from tests.families.tiny import small
 from tests.toys import changed, state, trainer
 
@@ -43,6 +50,8 @@ def rows() -> list[tuple[Row, list[int]]]:
 
 @pytest.fixture(scope="module")
 def others() -> list[Row]:
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision.models")
     return [*timm_rows(), *torchvision_rows()]
 
 
@@ -50,9 +59,12 @@ def others() -> list[Row]:
 def test_the_page_is_what_the_command_makes(
     rows: list[tuple[Row, list[int]]], others: list[Row]
 ) -> None:
+    kept = PAGE.read_text(encoding="utf-8")
+    if made_with() not in kept:
+        pytest.skip(f"docs/families.md was made with other versions; here: {made_with()}")
     made = page(rows, others[: len(TIMM)], others[len(TIMM) :])
     again = "run `python -m tests.families --write`, and read the diff"
-    assert made == PAGE.read_text(encoding="utf-8"), again
+    assert made == kept, again
 
 
 @pytest.mark.slow
@@ -69,6 +81,8 @@ def test_each_family_has_blocks_and_each_parameter_is_in_one_group(
 def test_each_number_of_blocks_is_in_the_config_or_explained(
     rows: list[tuple[Row, list[int]]],
 ) -> None:
+    if made_with() not in PAGE.read_text(encoding="utf-8"):
+        pytest.skip("another version of transformers may have other defaults")
     odd = {row.family for row, named in rows if differs(row, named)}
     assert odd == set(DIFFERS)
     assert len(odd) < len(rows) / 8
