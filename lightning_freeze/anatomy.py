@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.names import ModelIndex, some
 
 # parts that stand above the blocks although some models register them first
 _ABOVE = re.compile(
@@ -145,7 +145,9 @@ class Anatomy:
         for label, names in (("above", self.above), ("head", self.head)):
             owners = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
             if owners:
-                lines.append(f"{label:6}  {', '.join(owners)}")
+                lines.append(f"{label:6}  {some(list(owners), 6)}")
+        if self.tied and not self.head:
+            lines.append(f"head    {self.tied[0]}, which is one tensor with the input embedding")
         if self.adapters:
             lines.append(f"adapters {len(self.adapters)} tensors in the blocks")
         return "\n".join(lines)

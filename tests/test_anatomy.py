@@ -212,10 +212,8 @@ def test_an_encoder_decoder_pair_with_a_tied_head_can_freeze_its_encoder_alone()
 def test_an_untied_head_of_a_model_that_is_its_own_base_is_the_head() -> None:
     import transformers as t
 
-    config = t.T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    config = t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config.tie_word_embeddings = False
     assert anatomy(t.T5ForConditionalGeneration(config)).head == ("lm_head.weight",)
     assert anatomy(small("clip")).head == ("classifier.weight", "classifier.bias")
     assert {n.split(".")[0] for n in anatomy(small("whisper")).head} == {"projector", "classifier"}
