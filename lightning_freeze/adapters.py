@@ -5,6 +5,12 @@ from __future__ import annotations
 from lightning_freeze.names import ModelIndex
 
 
+def is_wrapped(index: ModelIndex) -> bool:
+    """Whether PEFT's own wrapper is somewhere in the model: what it added is there to train."""
+    kinds = {base.__name__ for module in index.modules.values() for base in type(module).__mro__}
+    return "PeftModel" in kinds
+
+
 def adapter_names(index: ModelIndex, path: str = "") -> tuple[str, ...]:
     """Names of the parameters under `path` that belong to an adapter, in model order.
 

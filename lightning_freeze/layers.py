@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_freeze.adapters import adapter_names
+from lightning_freeze.adapters import adapter_names, is_wrapped
 from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack, assemble, is_above
 from lightning_freeze.blocks import (
     Blocks,
@@ -215,9 +215,10 @@ def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anato
         core = index.within(module)
         around = index.within(index.modules[root])
         if core and len(core) < len(around):
-            adapters = adapter_names(index, path)
-            rule = f"the attribute `{path}`" + (", with PEFT adapters" if adapters else "")
             inner = zoo_models(index, path)
+            # what is injected into a backbone of the author's own is a part of it
+            adapters = adapter_names(index, path) if inner or is_wrapped(index) else ()
+            rule = f"the attribute `{path}`" + (", with PEFT adapters" if adapters else "")
             blocks = blocks_of(index, *inner[0]) if len(inner) == 1 else []
             blocks = blocks or repeated(index, path)
             towers = bool(inner) and inner[0][1] == "transformers"
@@ -240,7 +241,12 @@ def _by_order(index: ModelIndex, root: str) -> Anatomy | None:
         return None
     core = [n for paths in blocks for p in paths for n in index.within(index.modules[p])]
     rule = f"the order of the Sequential `{root or class_of(module).__name__}`"
-    return assemble(index, rule, core, as_groups(index, blocks))
+    return _assembled(index, rule, core, blocks)
+
+
+def _assembled(index: ModelIndex, rule: str, core: Sequence[str], blocks: Blocks) -> Anatomy:
+    adapters = adapter_names(index) if is_wrapped(index) else ()
+    return assemble(index, rule, core, as_groups(index, blocks), adapters=adapters)
 
 
 def _heads(index: ModelIndex, root: str) -> dict[str, tuple[str, ...]]:
@@ -289,7 +295,7 @@ def _by_list(index: ModelIndex, root: str) -> Anatomy | None:
     place = index.owner(blocks[0][0]) or class_of(index.modules[""]).__name__
     if what == "the numbered modules":
         place = f"{blocks[0][0]}` ... `{blocks[-1][0]}"
-    return assemble(index, f"{what} `{place}`", core, as_groups(index, blocks))
+    return _assembled(index, f"{what} `{place}`", core, blocks)
 
 
 def _names(index: ModelIndex, blocks: Blocks) -> list[str]:
@@ -306,8 +312,7 @@ def _by_head(index: ModelIndex, root: str) -> Anatomy | None:
     blocks = repeated(index, root, [path.rpartition(".")[2] for path in heads])
     if not core or not blocks:
         return None
-    rule = f"the name of the head, `{', '.join(heads)}`"
-    return assemble(index, rule, core, as_groups(index, blocks))
+    return _assembled(index, f"the name of the head, `{', '.join(heads)}`", core, blocks)
 
 
 def backbone_at(index: ModelIndex, selectors: Selectors) -> Anatomy:

@@ -298,6 +298,30 @@ def test_a_head_that_peft_froze_is_told_of() -> None:
         trainer(GradualUnfreeze()).fit(module, DataLoader([0]))
 
 
+def test_adapters_in_a_backbone_attribute_train_if_peft_wraps_it() -> None:
+    wrapped = lora(tiny_bert(), target_modules=["query"], task_type="SEQ_CLS")
+    found = anatomy(Head(backbone=wrapped, head=nn.Linear(2, 2)))
+    assert found.rule == "the attribute `backbone`, with PEFT adapters"
+    assert any("lora_" in name for name in found.adapters)
+    assert not any("lora_" in name for name in found.backbone)
+    own = anatomy(
+        Head(net=lora(Head(layers=mlp(2, 2, 2), out=nn.Linear(2, 2)), target_modules=["0"]))
+    )
+    assert own.adapters == (
+        "net.base_model.model.layers.0.lora_A.default.weight",
+        "net.base_model.model.layers.0.lora_B.default.weight",
+    )
+
+
+def test_adapters_that_are_injected_into_a_backbone_of_ones_own_are_a_part_of_it() -> None:
+    peft = pytest.importorskip("peft")
+    model = Head(backbone=mlp(2, 3, 4), head=nn.Linear(4, 1))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"]), model.backbone)
+    found = anatomy(model)
+    assert any("lora_" in name for name in found.backbone)
+    assert found.adapters == ()
+
+
 def test_an_adapter_that_is_named_is_frozen() -> None:
     module = Head(net=lora(tiny_bert(), target_modules=["query"], task_type="SEQ_CLS"))
     assert any("lora_" in name for name in backbone_at(ModelIndex.of(module), "net").backbone)
