@@ -20,7 +20,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from lightning_freeze.adapters import adapter_names, is_wrapped
-from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack, assemble, is_above
+from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack
+from lightning_freeze.assembly import assemble, is_above
 from lightning_freeze.blocks import (
     Blocks,
     class_of,

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from lightning_freeze.adapters import adapter_names
-from lightning_freeze.anatomy import Anatomy, LayerGroup, assemble, is_above, is_below
+from lightning_freeze.anatomy import Anatomy, LayerGroup
+from lightning_freeze.assembly import assemble, is_above, is_below
 from lightning_freeze.blocks import (
     Blocks,
     children,

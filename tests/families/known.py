@@ -92,6 +92,9 @@ LIMITS: dict[str, str] = {
     "rt_detr, rt_detr_v2": "its class and box heads are inside of `model.decoder`, so that "
     "`FreezeBackbone()` leaves nothing to train, and says so: write "
     '`FreezeBackbone("model.backbone")`, or `trainable=["**.class_embed", "**.bbox_embed"]`.',
+    "llava and its kin": "they read the vision tower's last layer but one "
+    "(`vision_feature_layer=-2`): the top one gets no gradient, with or without these callbacks. "
+    "To train the one that is read, name it with `trainable`.",
     "idefics": "its cross-attention layers are a stack above the language model's layers; they "
     "stand between those.",
     "CLIP and other pairs of encoders": "the text stack is listed before the vision stack, and "
