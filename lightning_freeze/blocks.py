@@ -195,10 +195,12 @@ def repeated(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Block
         return sequential(index, features[0])
     listed = longest_list(index, path)
     listed = [b for b in listed if not left_out.intersection(b[0].split("."))]
-    if listed and weight(index, listed) >= half:
-        return _stages(index, path, listed)
     by_number = [b for b in numbered(index, path) if b[0].rpartition(".")[2] not in left_out]
-    if len(by_number) > 1 and weight(index, by_number) >= half:
+    by_number = by_number if weight(index, by_number) >= half else []
+    within = any((b[0] + ".").startswith(stage + ".") for b in listed[:1] for (stage,) in by_number)
+    if listed and weight(index, listed) >= half and not within:
+        return _stages(index, path, listed)
+    if len(by_number) > 1:
         return by_number
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return sequential(index, path)

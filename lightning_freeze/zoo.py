@@ -63,8 +63,11 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def has_task(module: nn.Module) -> bool:
-    """Whether a transformers class is named after a task, and so has a head."""
-    return any(_TASK.search(base.__name__) for base in type(module).__mro__[:2])
+    """Whether a transformers class has a head: by its name, or because a user wrote it."""
+    kinds = type(module).__mro__
+    if any(_TASK.search(kind.__name__) for kind in kinds[:2]):
+        return True
+    return not any(kind.__module__.startswith("transformers.models.") for kind in kinds)
 
 
 def _from_torchvision(module: nn.Module) -> bool:

@@ -234,6 +234,35 @@ def test_a_model_whose_base_attribute_is_its_encoder_is_its_own_base() -> None:
     assert found.above == ("norm.weight", "norm.bias")
 
 
+def test_a_transformers_class_of_the_users_own_has_its_last_part_as_head() -> None:
+    import transformers as t
+
+    class Regressor(t.PreTrainedModel):
+        config_class = t.BertConfig
+
+        def __init__(self, config: t.BertConfig) -> None:
+            super().__init__(config)
+            self.text = t.BertModel(config)
+            self.regression = nn.Linear(config.hidden_size, 1)
+
+    config = t.BertConfig(
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        vocab_size=50,
+    )  # fmt: skip
+    found = anatomy(Head(model=Regressor(config)))
+    assert found.head == ("model.regression.weight", "model.regression.bias")
+    assert [block.name for block in found.blocks] == [
+        f"model.text.encoder.layer.{i}" for i in range(3)
+    ]
+    assert found.above == ("model.text.pooler.dense.weight", "model.text.pooler.dense.bias")
+
+
+def test_stages_that_are_numbered_are_blocks_though_one_holds_most_layers() -> None:
+    stages = {f"layers_{i}": mlp(*[4] * (many + 1)) for i, many in enumerate((2, 2, 9, 2))}
+    found = anatomy(Head(backbone=Head(**stages), head=nn.Linear(4, 2)))
+    assert [block.name for block in found.blocks] == [f"backbone.layers_{i}" for i in range(4)]
+
+
 def lora(model: Any, **options: Any) -> Any:
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(r=2, **options))
