@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -544,3 +546,57 @@ def test_ten_thousand_tensors_take_a_moment_and_twice_as_many_no_more_than_twice
     large = min(_seconds(500) for _ in range(3))
     assert large < 2.0
     assert large < 12 * small_one  # four times the tensors: 16 times if it were quadratic
+
+
+PARTS = (
+    ("backbone", "encoder", "decoder", "head", "classifier", "fc", "layers", "blocks", "stages")
+    + ("layer1", "layer2", "layer3", "norm", "embed", "features", "visual", "text_model")
+    + ("vision_model", "out", "pooler", "connector")
+)  # fmt: skip
+PLANS: Any = st.recursive(
+    st.integers(0, 3),
+    lambda inner: st.one_of(
+        st.tuples(
+            st.sampled_from(["module", "dict"]),
+            st.dictionaries(st.sampled_from(PARTS), inner, min_size=1, max_size=4),
+        ),
+        st.tuples(
+            st.sampled_from(["list", "sequential", "shared"]),
+            st.lists(inner, min_size=1, max_size=4),
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+def built(plan: Any) -> nn.Module:
+    if isinstance(plan, int):
+        return (nn.Linear(2, 2), nn.LayerNorm(2), nn.Identity(), nn.Embedding(2, 2))[plan]
+    kind, parts = plan
+    if kind in ("module", "dict"):
+        inside = {name: built(part) for name, part in parts.items()}
+        return Head(**inside) if kind == "module" else nn.ModuleDict(inside)
+    members = [built(part) for part in parts]
+    if kind == "shared":
+        members = members + members[:1]
+    return nn.Sequential(*members) if kind == "sequential" else nn.ModuleList(members)
+
+
+@given(PLANS)
+@settings(max_examples=150)
+def test_any_model_has_disjoint_groups_that_cover_it_or_an_error_that_says_why(plan: Any) -> None:
+    model = built(plan)
+    index = ModelIndex.of(model)
+    try:
+        found = anatomy(model)
+    except DiscoveryError as error:
+        told = str(error)
+        if not told.startswith(("No backbone was found", "Several models could")):
+            raise
+        return
+    assert_partition(model)
+    assert [block for stack in found.stacks for block in stack.blocks] == list(found.blocks)
+    assert set(found.backbone) | set(found.head) == set(index.parameters)
+    for block in found.blocks:
+        named = backbone_at(index, block.name)
+        assert set(named.backbone) | set(named.head) == set(index.parameters)
