@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_freeze.anatomy import Anatomy, Stack
 from lightning_freeze.apply import freeze, unfreeze
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.guard import assert_frozen, audit_parameters
@@ -22,7 +23,7 @@ from lightning_freeze.errors import (
     VerifyError,
 )
 from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.layers import LayerGroup, layer_groups
+from lightning_freeze.layers import LayerGroup, anatomy, layer_groups
 from lightning_freeze.plan import FreezePlan
 from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.reinit import reinit
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 _CALLBACKS = ("FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit")
 
 __all__ = [
+    "Anatomy",
     "ArgumentError",
     "AuditError",
     "ConflictError",
@@ -59,11 +61,13 @@ __all__ = [
     "ScheduleError",
     "SchedulePreview",
     "SelectorError",
+    "Stack",
     "Summary",
     "TrainableParamAudit",
     "UnfreezeSchedule",
     "UnsupportedError",
     "VerifyError",
+    "anatomy",
     "assert_frozen",
     "audit_parameters",
     "fingerprint",

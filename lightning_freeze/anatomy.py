@@ -1,101 +1,117 @@
-"""A model -> which layer groups it has and which rule found them, as a table."""
+"""What discovery finds in a model: stem, stacks of blocks, what is above them, head.
+
+A *stack* is a run of like blocks in one tower. A BERT has one; an encoder-decoder model, and a
+multimodal model with a vision tower and a language model, have several, in data-flow order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
-from torch import nn
-
-from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.layers import discover
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.report import Row, groups_or_children, rows_of, to_text
+from lightning_freeze.names import some
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """What is known of a model without training it.
+class LayerGroup:
+    """Parameters that freeze and unfreeze as one.
 
     Attributes:
-        about: which model it is.
-        rule: which rule found the layer groups.
-        groups: their names, bottom to top.
-        rows: one per tensor; where a tensor's values come from belongs there.
-        notes: lines below the table.
+        name: a module path where there is one, such as `bert.encoder.layer.0`, or `head`.
+        parameters: dotted parameter names, in model order.
     """
 
-    about: str
+    name: str
+    parameters: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A tower of like blocks inside a model, such as `model.vision_tower`.
+
+    Attributes:
+        name: its module path, which `FreezeBackbone(name)` takes; empty for the whole model.
+        blocks: its layers, bottom to top.
+    """
+
+    name: str
+    blocks: tuple[LayerGroup, ...]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What discovery found. It prints as a short text.
+
+    Attributes:
+        rule: which rule found it, in words.
+        stem: parameters below the first block (embeddings), or None.
+        blocks: the repeated layers of all stacks, bottom to top.
+        above: backbone parameters above the last block (pooler, final norm).
+        head: parameters outside the backbone.
+        stacks: the blocks, tower by tower, in data-flow order.
+        parallel: whether the stacks stand side by side, as those of CLIP do, instead of one on the
+            other; then the top blocks are those at the top of each.
+        adapters: parameters inside the backbone that PEFT added. They train with the head.
+        tied: names of a head that shares its weights with the backbone, such as `lm_head.weight`.
+    """
+
     rule: str
-    groups: tuple[str, ...]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
+    stem: LayerGroup | None
+    blocks: tuple[LayerGroup, ...]
+    above: tuple[str, ...]
+    head: tuple[str, ...]
+    stacks: tuple[Stack, ...] = field(default=(), compare=False)
+    parallel: bool = False
+    adapters: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, model: nn.Module, about: str = "", notes: Sequence[str] = ()) -> Inspection:
-        """Look at a model; it isn't changed.
+    @property
+    def backbone(self) -> tuple[str, ...]:
+        """Parameters of the backbone: stem, blocks and what is above them; no adapters."""
+        groups = ((self.stem,) if self.stem else ()) + self.blocks
+        core = tuple(name for group in groups for name in group.parameters) + self.above
+        added = frozenset(self.adapters)
+        return tuple(name for name in core if name not in added) if added else core
 
-        Example:
-            >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
-            >>> Inspection.of(model).rule
-            'the attribute `backbone`'
-        """
-        index = ModelIndex.of(model)
-        said = list(notes)
-        rule = "none: there are no parameters"
-        try:
-            if index.parameters:
-                rule = discover(index).rule
-        except DiscoveryError as error:
-            rule = "none: these are the top-level modules"
-            said.append(str(error))
-        groups = groups_or_children(index)
-        rows = rows_of(index, groups)
-        names = tuple(group.name for group in groups)
-        return cls(about or type(model).__name__, rule, names, rows, tuple(said))
+    @property
+    def groups(self) -> tuple[LayerGroup, ...]:
+        """Stem, blocks, and a group `head` that what stands above the blocks goes with."""
+        top = self.above + self.head
+        return (
+            ((self.stem,) if self.stem else ())
+            + self.blocks
+            + ((LayerGroup("head", top),) if top else ())
+        )
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return asdict(self)
+    @property
+    def depth(self) -> int:
+        """How many blocks can be counted from the top, or from the bottom."""
+        if self.parallel:
+            return min(len(stack.blocks) for stack in self.stacks)
+        return len(self.blocks)
 
-    def to_text(self, *, tensors: bool = False, width: int = 110) -> str:
-        """The table as text.
+    def top(self, count: int) -> tuple[LayerGroup, ...]:
+        """The top blocks; the bottom ones for a negative number; of each stack if parallel."""
+        if not count:
+            return ()
+        towers = [stack.blocks for stack in self.stacks] if self.parallel else [self.blocks]
+        return tuple(
+            block for tower in towers for block in (tower[-count:] if count > 0 else tower[:-count])
+        )
 
-        Args:
-            tensors: one line per tensor instead of one per layer group.
-            width: in characters.
-        """
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=Text(self.about), title_justify="left")
-        table.add_column("tensor" if tensors else "layer group", overflow="fold")
-        if tensors:
-            table.add_column("shape", justify="right", overflow="fold")
-        table.add_column("parameters", justify="right", overflow="fold")
-        if not tensors:
-            table.add_column("tensors", justify="right", overflow="fold")
-            table.add_column("share", justify="right", overflow="fold")
-        table.add_column("dtype", overflow="fold")
-        total = sum(row.parameters for row in self.rows)
-        if tensors:
-            for row in self.rows:
-                shape = "x".join(map(str, row.shape)) or "scalar"
-                table.add_row(Text(row.name), shape, f"{row.parameters:,}", row.dtype)
-        for name in () if tensors else self.groups:
-            inside = [row for row in self.rows if row.layer_group == name]
-            size = sum(row.parameters for row in inside)
-            table.add_row(
-                Text(name),
-                f"{size:,}",
-                str(len(inside)),
-                f"{100 * size / total:.1f} %" if total else "-",
-                ", ".join(dict.fromkeys(row.dtype for row in inside)),
-            )
-        lines = [f"{total:,} parameters in {len(self.rows)} tensors. Found by: {self.rule}."]
-        for row in self.rows:
-            if row.tied_to:
-                lines.append(f"one tensor: {row.name} = {' = '.join(row.tied_to)}")
-        lines += self.notes
-        return "\n".join([to_text(table, width), *(to_text(Text(x), width) for x in lines)])
+    def __str__(self) -> str:
+        lines = [f"found by {self.rule}"]
+        if self.stem:
+            lines.append(f"stem    {self.stem.name}")
+        for stack in self.stacks:
+            ends = [block.name for block in (stack.blocks[0], stack.blocks[-1])]
+            many = f"{len(stack.blocks)} block{'s' if stack.blocks[1:] else ''}"
+            lines.append(f"blocks  {' ... '.join(dict.fromkeys(ends))} ({many})")
+        for label, names in (("above", self.above), ("head", self.head)):
+            owners = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
+            if owners:
+                lines.append(f"{label:6}  {some(list(owners), 6)}")
+        if self.tied and not self.head:
+            lines.append(f"head    {self.tied[0]}, which is one tensor with the input embedding")
+        if self.adapters:
+            lines.append(f"adapters {len(self.adapters)} tensors in the blocks")
+        return "\n".join(lines)

@@ -40,10 +40,12 @@ def check_conflicts(
         advice = "leave at least the head trainable, as in `FreezeBackbone()`"
         if first:
             advice = f'name the head at 0, as in `{{0: "classifier", {first}: ...}}`'
+        why = next((s.advice for _, s in listed if s.advice), "")
+        advice = f": {why}." if why else f". Let something train: {advice}."
         raise ConflictError(
             f"Nothing is left to train at the start: {labels} "
             f"{'freezes' if len(listed) == 1 else 'freeze'} all {len(every)} parameters that "
-            f"could. Let something train: {advice}."
+            f"could{advice}"
         )
     for label, schedule in listed:
         if schedule.refreezes:

@@ -157,13 +157,18 @@ class ModelIndex:
 
     def forget(self) -> None:
         """Drop what is worked out again when it is asked for; a fit may be long."""
-        for made in ("name_of", "_own", "_paths", "roots"):
+        for made in ("name_of", "order", "_own", "_paths", "roots"):
             vars(self).pop(made, None)
 
     @cached_property
     def name_of(self) -> dict[int, str]:
         """Id of a parameter -> its canonical name."""
         return {id(parameter): name for name, parameter in self.parameters.items()}
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        """Canonical name of a parameter -> its position in the model."""
+        return {name: position for position, name in enumerate(self.parameters)}
 
     @cached_property
     def _own(self) -> dict[int, tuple[str, ...]]:

@@ -250,12 +250,12 @@ def _render(summary: Summary, by: str) -> str:
         cells = [label]
         if by == "parameter":
             cells.append("x".join(map(str, rows[0].shape)) or "scalar")
-        cells += [f"{sum(row.parameters for row in rows):,}", _counted(row.status for row in rows)]
+        cells += [f"{sum(row.parameters for row in rows):,}", counted(row.status for row in rows)]
         if with_lr:
             cells.append(_lrs(rows))
         cells.append(_modes(rows))
         if with_origin:
-            cells.append(_counted(map(_origin if by == "parameter" else _state, rows)))
+            cells.append(counted(map(origin_of if by == "parameter" else _state, rows)))
         table.add_row(*cells)
     lines = [to_text(table, _WIDE if with_origin and by == "parameter" else _WIDTH)]
     if by == "group":
@@ -267,11 +267,11 @@ def _render(summary: Summary, by: str) -> str:
         f"{summary.trainable:,} of {summary.total:,} parameters train ({share:.2f} %), "
         f"{sum(row.status == 'trains' for row in summary.rows)} of {len(summary.rows)} tensors."
     )
-    return "\n".join([*lines, *_beside(summary, by), *summary.notes])
+    return "\n".join([*lines, *beside(summary, by), *summary.notes])
 
 
-def _beside(summary: Summary, by: str) -> list[str]:
-    """Lines on what a checkpoint holds beside the rows."""
+def beside(summary: Summary, by: str) -> list[str]:
+    """Lines on what a checkpoint holds beside the rows of a summary."""
     lines = []
     if unused := summary.unused:
         one = len(unused) == 1
@@ -279,7 +279,7 @@ def _beside(summary: Summary, by: str) -> list[str]:
         names = some(unused) if by == "group" else ", ".join(unused)
         lines.append(f"{what} {'isn' if one else 'aren'}'t used: {names}")
     if buffers := summary.buffers:
-        lines.append(f"Buffers: {_counted(buffers.values(), alone=True)}.")
+        lines.append(f"Buffers: {counted(buffers.values(), alone=True)}.")
         if by == "parameter":
             lines += [f"  {name}: {state}" for name, state in buffers.items()]
     return lines
@@ -304,7 +304,7 @@ def _lines(rows: Sequence[Row], by: str) -> list[tuple[str, list[Row]]]:
     return list(found.items())
 
 
-def _counted(states: Iterable[str], *, alone: bool = False) -> str:
+def counted(states: Iterable[str], *, alone: bool = False) -> str:
     """`12 loaded, 2 new`; a state that all have stands alone."""
     counts: dict[str, int] = {}
     for state in states:
@@ -318,7 +318,8 @@ def _state(row: Row) -> str:
     return row.origin
 
 
-def _origin(row: Row) -> str:
+def origin_of(row: Row) -> str:
+    """Where a tensor's values come from, with what else there is to say of it."""
     return f"{row.origin} ({row.origin_detail})" if row.origin_detail else row.origin
 
 

@@ -40,6 +40,7 @@ class UnfreezeSchedule:
         eval_mode: whether modules that are frozen belong in eval mode.
         lively: batch-norm modules that train although frozen parts surround them.
         layer_group: name -> name of its layer group.
+        advice: why it may leave nothing to train, and what to write then; empty for the usual.
 
     Example:
         >>> schedule = UnfreezeSchedule(
@@ -58,6 +59,7 @@ class UnfreezeSchedule:
     eval_mode: bool = True
     lively: frozenset[str] = frozenset()
     layer_group: Mapping[str, str] = field(default_factory=dict)
+    advice: str = ""
 
     def stage_at(self, epoch: int, step: int) -> int:
         """The number of the stage at an epoch and optimizer step, both counted from 0."""

@@ -137,6 +137,16 @@ def describe(selector: str | Callable[..., Any]) -> str:
     return str(getattr(selector, "__qualname__", type(selector).__qualname__))
 
 
+def label_of(selectors: Selectors) -> str:
+    """Selectors as a short name for a layer group.
+
+    >>> label_of(["layer.0", "layer.1"])
+    'layer.0+layer.1'
+    """
+    parts = [s if isinstance(s, str) else "callable" for s in as_selectors(selectors)]
+    return "+".join(parts)
+
+
 def _spellings(selector: str) -> list[str]:
     cleaned = clean(selector)
     short = cleaned.removeprefix("module.")

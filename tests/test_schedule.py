@@ -21,7 +21,6 @@ from lightning_freeze.schedule import (
     UnfreezeSchedule,
     from_entries,
     from_groups,
-    positive,
 )
 
 NAMES = ("embed", "low", "high", "head")

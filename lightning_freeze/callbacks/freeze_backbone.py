@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -35,10 +36,13 @@ class FreezeBackbone(FreezingCallback):
     """Freeze the backbone: no gradients, no optimizer state, eval mode, unchanged to the bit.
 
     Args:
-        backbone: selectors of what to freeze; discovered where None (see `layer_groups`).
+        backbone: selectors of what to freeze; discovered where None (see `anatomy`). Of a model
+            with several stacks one can be named, such as `"model.vision_tower"`. Adapters that
+            PEFT added stay trainable unless they are named.
         trainable_layers: number of blocks at the top of the backbone that stay trainable, along
             with what stands above them in it (pooler, final norm); a negative number leaves as
-            many blocks at the bottom trainable.
+            many blocks at the bottom trainable. Where stacks stand side by side, as those of
+            CLIP do, it is counted in each.
         trainable: selectors of what stays trainable inside it, such as `"**.LayerNorm.*"`,
             `"type:LayerNorm"` or `"re:bias$"` (BitFit, https://arxiv.org/abs/2106.10199).
         train_bn: let batch-norm layers inside it train, weights and statistics.
@@ -117,7 +121,7 @@ class FreezeBackbone(FreezingCallback):
     def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
         """The schedule for a model: all of the backbone but what stays trainable."""
         anatomy = discover(index) if self.backbone is None else backbone_at(index, self.backbone)
-        kept = self._top(anatomy)
+        kept = frozenset(self._top(anatomy))
         asked = frozenset(select(index, self.trainable)) if self.trainable else frozenset()
         core = frozenset(anatomy.backbone)
         norms = [
@@ -145,22 +149,43 @@ class FreezeBackbone(FreezingCallback):
             eval_mode=self.eval_mode,
             lively=frozenset(path for path, _ in lively),
             layer_group=groups,
+            advice=self._advice(anatomy),
         )
 
-    def _top(self, anatomy: Anatomy) -> frozenset[str]:
-        """The blocks that `trainable_layers` leaves trainable."""
-        count = self.trainable_layers
+    def _top(self, anatomy: Anatomy) -> Iterator[str]:
+        """The blocks that `trainable_layers` leaves trainable, and what stands above them."""
+        count, depth = self.trainable_layers, anatomy.depth
         if not count:
-            return frozenset()
-        if abs(count) > len(anatomy.blocks):
+            return
+        if abs(count) > depth:
+            each = "each stack of " if anatomy.parallel else ""
             raise ArgumentError(
-                f"`trainable_layers={count}` is beyond the {len(anatomy.blocks)} blocks of the "
+                f"`trainable_layers={count}` is beyond the {depth} blocks of {each}the "
                 f"backbone ({_range(anatomy.blocks)}), found by {anatomy.rule}. Write a number "
-                f"from {-len(anatomy.blocks)} to {len(anatomy.blocks)}."
+                f"from {-depth} to {depth}."
             )
-        blocks = anatomy.blocks[-count:] if count > 0 else anatomy.blocks[:-count]
-        above = anatomy.above if count > 0 else ()
-        return frozenset(above).union(*(block.parameters for block in blocks))
+        for block in anatomy.top(count):
+            yield from block.parameters
+        if count > 0:
+            yield from anatomy.above
+
+    def _advice(self, anatomy: Anatomy) -> str:
+        """What to write where the backbone is all there is: a bare model, or a tied head."""
+        if anatomy.head or not anatomy.blocks:
+            return ""
+        named = "" if self.backbone is None else f"{key_of(self.backbone)!r}, "
+        top = anatomy.top(1)[-1].name
+        why = "the model has no head beside its backbone"
+        if anatomy.tied:
+            why = f"its head `{anatomy.tied[0]}` is one tensor with the input embedding"
+        options = [f"`FreezeBackbone({named}trainable_layers=1)` to train `{top}` as well"]
+        if anatomy.tied:
+            options.append(
+                f'`FreezeBackbone({named}trainable="{anatomy.tied[0]}")` to train that tensor'
+            )
+        if len(anatomy.stacks) > 1 and self.backbone is None:
+            options.append(f'`FreezeBackbone("{anatomy.stacks[0].name}")` to freeze that alone')
+        return f"{why}. Write {'; or '.join(options)}"
 
     def preview(
         self,

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union
 from lightning.pytorch import Trainer
 from torch import nn
 
+from lightning_freeze.adapters import adapter_names
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, one_of, positive, whole
 from lightning_freeze.callbacks._freezing import key_of
@@ -44,6 +45,12 @@ _DEFAULTS: dict[str, Any] = {
     "train_bn": False,
     "eval_mode": True,
 }
+
+
+_FROZEN_HEAD = (
+    "PEFT froze the head. Name it in PEFT's `modules_to_save`, or begin with the adapters of the "
+    "top layer group, as in `GradualUnfreeze(start=0)`"
+)
 
 
 class GradualUnfreeze(MetricDriven):
@@ -189,6 +196,7 @@ class GradualUnfreeze(MetricDriven):
             eval_mode=self.eval_mode,
             lively=frozenset(norms),
             layer_group={name: group.name for group in groups for name in group.parameters},
+            advice=_FROZEN_HEAD if adapter_names(index) else "",
         )
         if self.entries is not None:
 

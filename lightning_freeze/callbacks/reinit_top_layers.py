@@ -93,12 +93,12 @@ class ReinitTopLayers(Callback):
         chosen = set(select(index, self.params)) if self.params else set()
         if self.n_layers:
             anatomy = discover(index)
-            if self.n_layers > len(anatomy.blocks):
+            if self.n_layers > anatomy.depth:
                 raise ArgumentError(
-                    f"`n_layers={self.n_layers}` is beyond the {len(anatomy.blocks)} blocks of the "
-                    f"backbone, found by {anatomy.rule}. Write at most {len(anatomy.blocks)}."
+                    f"`n_layers={self.n_layers}` is beyond the {anatomy.depth} blocks of the "
+                    f"backbone, found by {anatomy.rule}. Write at most {anatomy.depth}."
                 )
-            for block in anatomy.blocks[-self.n_layers :]:
+            for block in anatomy.top(self.n_layers):
                 chosen.update(block.parameters)
             if self.pooler:
                 chosen.update(name for name in anatomy.above if "pooler" in name)

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_freeze.blocks import kind_of
 from lightning_freeze.cost.shadow import stand_ins, tensors_in
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.zoo import kind_of
 
 TOKENS = 128
 SAMPLES = 16_000  # a second of speech

@@ -110,6 +110,26 @@ def test_weights_are_loaded_only_when_asked_for(here: Path, capsys: Captured) ->
     assert "bert.encoder.layer.2.output.dense.weight" in capsys.readouterr().out
 
 
+def test_inspect_says_what_is_in_the_checkpoint_what_is_new_and_what_is_not_used(
+    here: Path, capsys: Captured
+) -> None:
+    tiny_bert().save_pretrained(here / "trained")
+    assert main(["inspect", "trained", "--task", "token-classification"]) == 0
+    text = capsys.readouterr().out
+    assert "head" in text
+    assert "loaded" not in text
+    assert "in the checkpoint" in text
+    assert "2 keys of the checkpoint aren't used: bert.pooler.dense.bias" in text
+    assert main(["inspect", "trained", "--class", "BertForMaskedLM", "--tensors"]) == 0
+    text = capsys.readouterr().out
+    new = [line for line in text.splitlines() if " new " in line]
+    assert any("cls.predictions.bias" in line for line in new)
+    assert not any("bert.encoder" in line for line in new)
+    assert main(["inspect", "tiny bert", "--origin", "trained"]) == 0
+    assert "in the checkpoint" in capsys.readouterr().out
+    fails(capsys, ["inspect", "tiny bert", "--origin", "nowhere.pt"], "nowhere.pt")
+
+
 def test_inspect_lists_groups_bottom_to_top_and_writes_json(here: Path, capsys: Captured) -> None:
     assert main(["inspect", "user_models:make", "--json", "out/found.json"]) == 0
     text = capsys.readouterr().out
