@@ -23,11 +23,13 @@ class Moment:
         step: optimizer steps so far.
         lr: layer group -> highest learning rate of what trains in it, at the moment or at the
             end of its epoch; None where nothing trains.
+        trainable: number of elements that train; None where that wasn't recorded.
     """
 
     epoch: int
     step: int
     lr: Mapping[str, float | None]
+    trainable: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""

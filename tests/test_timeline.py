@@ -144,6 +144,8 @@ def test_drawing_leaves_pyplot_alone() -> None:
 
 
 def test_a_moment_is_plain_values() -> None:
-    content: dict[str, Any] = MOMENTS[1].to_dict()
-    assert content == {"epoch": 1, "step": 10, "lr": {"embed": None, "block": 5e-4, "head": 8e-4}}
-    assert Moment(**content) == MOMENTS[1]
+    lr = {"embed": None, "block": 5e-4, "head": 8e-4}
+    content: dict[str, Any] = Moment(1, 10, lr, trainable=7).to_dict()
+    assert content == {"epoch": 1, "step": 10, "lr": lr, "trainable": 7}
+    assert Moment(**content) == Moment(1, 10, lr, trainable=7)
+    assert Moment(1, 10, lr).to_dict()["trainable"] is None

@@ -21,6 +21,7 @@ from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import agree, check_supported, rewrap, several
 from lightning_freeze.errors import FreezeError, ResumeError
+from lightning_freeze.labels import free, legal
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
@@ -296,7 +297,7 @@ class Session:
         assert self.index is not None
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
-        used: dict[str, int] = {}
+        taken: set[str] = set()
         frozen = [
             schedule.plan(number).frozen
             for schedule in self.schedules.values()
@@ -308,8 +309,8 @@ class Session:
             shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
             key = (*labels, history, name in self._before)
             if key not in keys:
-                used[shown] = used.get(shown, 0) + 1
-                keys[key] = shown if used[shown] == 1 else f"{shown} ({used[shown]})"
+                keys[key] = free(legal(shown), taken)
+                taken.add(keys[key])
             found[name] = keys[key]
         return found
 
