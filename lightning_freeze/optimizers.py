@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.errors import ArgumentError, UnsupportedError
+from lightning_freeze.labels import free
 from lightning_freeze.names import ModelIndex
 
 FACTOR = "lr_factor"
@@ -318,12 +319,10 @@ def _split(
 
 def _unique_names(groups: list[dict[str, Any]]) -> None:
     """LearningRateMonitor refuses two groups of one name."""
-    seen: dict[str, int] = {}
+    taken: set[str] = set()
     for group in groups:
-        name = group["name"]
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:
-            group["name"] = f"{name}#{seen[name]}"
+        group["name"] = free(str(group["name"]), taken)
+        taken.add(group["name"])
 
 
 def _join(optimizer: Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.timeline import Moment, plot_timeline
+from lightning_freeze.timeline import Moment, plot_timeline, shortened
 
 GROUPS = ["embed", "block", "head"]
 MOMENTS = [
@@ -144,6 +145,99 @@ def test_drawing_leaves_pyplot_alone() -> None:
 
 
 def test_a_moment_is_plain_values() -> None:
-    content: dict[str, Any] = MOMENTS[1].to_dict()
-    assert content == {"epoch": 1, "step": 10, "lr": {"embed": None, "block": 5e-4, "head": 8e-4}}
-    assert Moment(**content) == MOMENTS[1]
+    lr = {"embed": None, "block": 5e-4, "head": 8e-4}
+    content: dict[str, Any] = Moment(1, 10, lr, trainable=7).to_dict()
+    assert content == {"epoch": 1, "step": 10, "lr": lr, "trainable": 7}
+    assert Moment(**content) == Moment(1, 10, lr, trainable=7)
+    assert Moment(1, 10, lr).to_dict()["trainable"] is None
+
+
+def test_long_names_are_cut_so_that_they_still_differ() -> None:
+    ends = [f"model.backbone.encoder.layers.encoder_layer_{i}" for i in range(12)]
+    both = [f"model.{i}.self_attention_with_quite_a_long_name_indeed" for i in range(3)]
+    inner = [f"model.backbone.encoder.block_{i}.self_attention_with_a_long_name" for i in range(3)]
+    for names in (ends, both, inner):
+        found = shortened(names)
+        assert len(set(found)) == len(names)
+        assert max(map(len, found)) <= 34
+    assert shortened(inner)[0] == "...block_0..."
+
+
+def luminance(colour: Any) -> float:
+    return float(sum(part * share for part, share in zip(colour, (0.21, 0.72, 0.07))))
+
+
+def test_the_style_of_matplotlib_decides_between_light_and_dark(tmp_path: Path) -> None:
+    from matplotlib import image, pyplot
+
+    with pyplot.style.context("dark_background"):
+        dark = plot_timeline(MOMENTS, GROUPS, tmp_path / "dark.png")
+    light = plot_timeline(MOMENTS, GROUPS, tmp_path / "light.png")
+    corners = [image.imread(tmp_path / f"{kind}.png")[0, 0, :3] for kind in ("dark", "light")]
+    assert [luminance(corner) for corner in corners] == pytest.approx([0, 1], abs=0.01)
+    for figure, sign in ((dark, 1), (light, -1)):
+        # the highest rate stands out most from the background, and what is frozen least
+        embed, _, head = (row.get_facecolor() for row in figure.axes[0].collections)
+        frozen, low, high = luminance(embed[0]), luminance(embed[2]), luminance(head[0])
+        assert sign * high > sign * low > sign * luminance(figure.get_facecolor()[:3])
+        assert abs(frozen - luminance(figure.get_facecolor()[:3])) < 0.25
+
+
+def test_one_learning_rate_is_told_in_words_in_place_of_a_colour_bar() -> None:
+    figure = plot_timeline([Moment(0, 0, {"low": None, "head": 2e-5})], ["low", "head"])
+    assert len(figure.axes) == 1
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert texts == [r"learning rate $2\times10^{-5}$", "frozen"]
+
+
+def test_the_colour_bar_tells_the_lowest_and_the_highest_rate() -> None:
+    bar = plot_timeline(MOMENTS, GROUPS).axes[1]
+    texts = [label.get_text() for label in bar.get_yticklabels()]
+    assert (texts[0], texts[-1]) == (r"$1\times10^{-4}$", r"$1\times10^{-3}$")
+    low, high = bar.get_ylim()
+    assert (low, high) == pytest.approx((1e-4, 1e-3))
+
+
+def test_findings_are_marked_where_they_were_made() -> None:
+    def marks(*found: tuple[int, str]) -> list[list[float]]:
+        axes = plot_timeline(MOMENTS, GROUPS, end=3, marks=found).axes[0]
+        legend = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert ("finding" in legend) == (len(axes.collections) == 4)
+        return axes.collections[3].get_offsets().tolist() if len(axes.collections) == 4 else []
+
+    assert marks() == []
+    assert marks((30, "elsewhere")) == []
+    assert marks((5, "embed"), (10, "head"), (25, "block")) == [[0.5, 0], [1, 2], [2.5, 1]]
+    assert marks((99, "head")) == [[3, 2]]
+
+
+def test_labels_of_a_run_of_any_size_lie_within_the_picture_and_not_on_each_other() -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    for count in (2, 48, 126):
+        groups = [f"encoder.layer.{i}.{'x' * 30}" for i in range(count)]
+        moments = [Moment(0, 0, dict.fromkeys(groups, 1e-5)), Moment(90_000, 90_000, {})]
+        figure = plot_timeline(moments, groups, end=100_000, unit="step")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        axes, renderer = figure.axes[0], canvas.get_renderer()
+        boxes = [label.get_window_extent(renderer) for label in axes.get_yticklabels()]
+        assert all(box.x0 >= 0 and box.y0 >= 0 and box.y1 < figure.bbox.y1 for box in boxes)
+        assert all(a.y1 <= b.y0 for a, b in itertools.pairwise(boxes))
+        ticks = [label.get_window_extent(renderer) for label in axes.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(ticks))
+        title = axes.title if axes.title.get_text() else axes._left_title
+        legend = axes.get_legend().get_window_extent(renderer)
+        assert title.get_window_extent(renderer).x1 < legend.x0
+
+
+def test_many_pictures_leave_no_state_behind() -> None:
+    import matplotlib
+    from matplotlib import pyplot
+
+    before, backend = dict(matplotlib.rcParams), matplotlib.get_backend()
+    for _ in range(25):
+        plot_timeline(MOMENTS, GROUPS)
+    assert pyplot.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+    assert matplotlib.get_backend() == backend

@@ -195,9 +195,15 @@ class Record:
         }
 
     def plot(self, path: Union[str, Path, None] = None) -> Any:
-        """Draw which layers trained when, with their learning rates."""
+        """Draw which layers trained when, with their learning rates, and where findings are."""
         names = [group.name for group in self.groups]
-        return plot_timeline(self.moments, names, path, end=self.epochs or None)
+        home = {name: group.name for group in self.groups for name in group.parameters}
+        marks = [
+            (finding.step, group)
+            for finding in self.findings
+            for group in dict.fromkeys(home[name] for name in finding.names if name in home)
+        ]
+        return plot_timeline(self.moments, names, path, end=self.epochs or None, marks=marks)
 
 
 def _key(finding: Finding, by_cause: bool) -> tuple[Any, ...]:

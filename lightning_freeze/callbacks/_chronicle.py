@@ -6,13 +6,16 @@ from lightning.pytorch import Trainer
 
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._loggers import Loggers
 from lightning_freeze.callbacks._session import Session
+from lightning_freeze.labels import unique
 from lightning_freeze.optimizers import learning_rates
 from lightning_freeze.origin.find import find_origins
 from lightning_freeze.origin.frozen import never_learns
 from lightning_freeze.origin.states import Origins
 from lightning_freeze.report import Summary, rows_of
 from lightning_freeze.timeline import Moment
+from lightning_freeze.transitions import Transition, transition, transitions
 
 # moments that are kept one by one; behind them one an epoch
 _MOST = 1000
@@ -32,6 +35,10 @@ class Chronicle:
         self._table = table
         self._log_metrics = log_metrics
         self._shown = False
+        self._loggers = Loggers()
+        self._changes: list[Transition] | None = None
+        self._names: dict[str, str] = {}
+        self._logged = -1
 
     def change(self, trainer: Trainer, session: Session, run: AuditRun) -> None:
         """Take down, show and log who trains from now on.
@@ -44,21 +51,35 @@ class Chronicle:
             self._shown = True
             when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
             print(f"\n{self._summary(trainer, session, run, when)}\n", flush=True)
-        if self._log_metrics and trainer.loggers and trainer.is_global_zero:
-            self._log(trainer, run)
 
     def take_down(self, trainer: Trainer, run: AuditRun) -> None:
-        """Take down a moment."""
-        moment = Moment(trainer.current_epoch, trainer.global_step, self._lrs(trainer, run))
-        if len(self._record.moments) < _MOST:
+        """Take down a moment, and log it; what changed in it is told as text, too."""
+        moments = self._record.moments
+        if self._changes is None:  # after a resume, with those before it
+            self._changes = transitions(moments)
+        clock = trainer.current_epoch, trainer.global_step
+        moment = Moment(*clock, self._lrs(trainer, run), _trains(run))
+        change = transition(moments[-1] if moments else None, moment)
+        if len(moments) < _MOST:
             self._record.add(moment)
         else:
             self._record.fold(moment)
+        tell = change is not None and len(self._changes) < _MOST
+        if change is not None and tell:
+            self._changes.append(change)
+        if self._log_metrics and trainer.loggers:
+            if change is not None or self._logged != clock[1]:
+                self._logged = clock[1]
+                self._log(trainer, run, moment)
+            if tell:
+                self._loggers.tell(trainer, self._changes, _size(run))
 
     def end_epoch(self, trainer: Trainer, run: AuditRun) -> None:
         """Raise the last moment's learning rates to those of its epoch's end."""
         self._record.epochs = trainer.current_epoch + 1.0
         self._record.peak(self._lrs(trainer, run))
+        if self._log_metrics and self._changes:
+            self._loggers.catch_up(trainer, self._changes, _size(run))
 
     def _lrs(self, trainer: Trainer, run: AuditRun) -> dict[str, float | None]:
         lrs = learning_rates(run.ledger.index, trainer.optimizers)
@@ -99,11 +120,26 @@ class Chronicle:
             notes.append(f"{omitted} tensors require a gradient but are in no optimizer.")
         return Summary(rows, title, tuple(notes))
 
-    def _log(self, trainer: Trainer, run: AuditRun) -> None:
-        counts = {"trainable": 0, "frozen": 0}
-        for name, parameter in run.ledger.index.parameters.items():
-            frozen = name in run.ledger.declared.frozen
-            counts["frozen" if frozen else "trainable"] += parameter.numel()
-        metrics = {f"freeze/{kind}_parameters": float(n) for kind, n in counts.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+    def _log(self, trainer: Trainer, run: AuditRun, moment: Moment) -> None:
+        if not self._names:
+            self._names = unique(moment.lr)
+        trains = moment.trainable or 0
+        metrics = {
+            "freeze/trainable_parameters": float(trains),
+            "freeze/frozen_parameters": float(_size(run) - trains),
+            "freeze/stage": float(len(self._changes or ()) - 1),
+        }
+        for group, lr in moment.lr.items():
+            metrics[f"freeze/lr/{self._names[group]}"] = lr or 0.0
+        self._loggers.numbers(trainer, metrics)
+
+
+def _trains(run: AuditRun) -> int:
+    """Number of elements that train."""
+    frozen, parameters = run.ledger.declared.frozen, run.ledger.index.parameters
+    return sum(p.numel() for name, p in parameters.items() if name not in frozen)
+
+
+def _size(run: AuditRun) -> int:
+    """Number of elements in all."""
+    return sum(parameter.numel() for parameter in run.ledger.index.parameters.values())

@@ -28,6 +28,7 @@ from lightning_freeze.distributed import (
     together,
 )
 from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
+from lightning_freeze.labels import free, legal
 from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.origin.find import find_origins
@@ -351,7 +352,7 @@ class Session:
         assert self.index is not None
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
-        used: dict[str, int] = {}
+        taken: set[str] = set()
         frozen = [names for schedule in self.schedules.values() for names in schedule.apart()]
         for name in self.index.parameters:
             history = tuple(name in names for names in frozen)
@@ -359,8 +360,8 @@ class Session:
             shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
             key = (*labels, history, name in self._before)
             if key not in keys:
-                used[shown] = used.get(shown, 0) + 1
-                keys[key] = shown if used[shown] == 1 else f"{shown} ({used[shown]})"
+                keys[key] = free(legal(shown), taken)
+                taken.add(keys[key])
             found[name] = keys[key]
         return found
 
