@@ -116,6 +116,13 @@ class Summary:
 
     __repr__ = __str__
 
+    def _repr_html_(self) -> str:
+        from lightning_freeze.html import table_to_html
+
+        header, body = _table(self, "group")
+        notes = _below(self, "group")
+        return table_to_html(header, body, title=self.title, notes=notes, numeric=_NUMBERS)
+
 
 def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) -> Summary:
     """Who trains in a model, at which learning rate, and where its values come from.
@@ -233,19 +240,29 @@ def _render(summary: Summary, by: str) -> str:
     from rich.table import Table
 
     table = Table(title=summary.title or None, title_justify="left", title_style="bold")
-    first = "layer group" if by == "group" else "parameter"
-    table.add_column(first, overflow="fold")
+    header, body = _table(summary, by)
+    for heading in header:
+        first = heading == header[0]
+        side: Any = "right" if heading in _NUMBERS else "left"
+        table.add_column(heading, justify=side, overflow="fold" if first else "ellipsis")
+    for cells in body:
+        table.add_row(*cells)
+    wide = "origin" in header and by == "parameter"
+    return "\n".join([to_text(table, _WIDE if wide else _WIDTH), *_below(summary, by)])
+
+
+_NUMBERS = ("shape", "parameters", "lr")
+
+
+def _table(summary: Summary, by: str) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells."""
     with_lr = any(row.lr is not None for row in summary.rows)
     with_origin = any(row.origin != UNKNOWN for row in summary.rows)
+    header = ["layer group", "parameters", "status"]
     if by == "parameter":
-        table.add_column("shape", justify="right")
-    table.add_column("parameters", justify="right")
-    table.add_column("status")
-    if with_lr:
-        table.add_column("lr", justify="right")
-    table.add_column("mode")
-    if with_origin:
-        table.add_column("origin")
+        header = ["parameter", "shape", "parameters", "status"]
+    header += (["lr"] if with_lr else []) + ["mode"] + (["origin"] if with_origin else [])
+    body = []
     for label, rows in _lines(summary.rows, by):
         cells = [label]
         if by == "parameter":
@@ -256,8 +273,12 @@ def _render(summary: Summary, by: str) -> str:
         cells.append(_modes(rows))
         if with_origin:
             cells.append(counted(map(origin_of if by == "parameter" else _state, rows)))
-        table.add_row(*cells)
-    lines = [to_text(table, _WIDE if with_origin and by == "parameter" else _WIDTH)]
+        body.append(cells)
+    return header, body
+
+
+def _below(summary: Summary, by: str) -> list[str]:
+    lines = []
     if by == "group":
         for row in summary.rows:
             if row.tied_to:
@@ -267,7 +288,7 @@ def _render(summary: Summary, by: str) -> str:
         f"{summary.trainable:,} of {summary.total:,} parameters train ({share:.2f} %), "
         f"{sum(row.status == 'trains' for row in summary.rows)} of {len(summary.rows)} tensors."
     )
-    return "\n".join([*lines, *beside(summary, by), *summary.notes])
+    return [*lines, *beside(summary, by), *summary.notes]
 
 
 def beside(summary: Summary, by: str) -> list[str]:
@@ -291,7 +312,9 @@ def to_text(table: Any, width: int = _WIDTH) -> str:
 
     stream = io.StringIO()
     # names are names: `layer.[ab]` isn't a style
-    Console(file=stream, width=width, color_system=None, emoji=False, markup=False).print(table)
+    plain: dict[str, Any] = {"color_system": None, "emoji": False, "markup": False}
+    # in a notebook rich would show the table instead of writing it to the stream
+    Console(file=stream, width=width, force_jupyter=False, **plain).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
 
 

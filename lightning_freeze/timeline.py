@@ -87,7 +87,7 @@ def plot_timeline(
     # rows of many groups are lower, so that the picture still fits a page
     row_height = min(0.28, max(0.11, 9 / len(groups))) if groups else 0.28
     size = (8, 1.6 + row_height * len(groups))
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = _shown_in_notebooks(Figure)(figsize=size, dpi=150, layout="constrained")
     axes = figure.add_subplot()
     palette = Palette(moments, dark=_is_dark(figure.get_facecolor()))
     spans = [(left, right - left) for left, right in zip(starts, [*starts[1:], last])]
@@ -111,9 +111,14 @@ def plot_timeline(
     axes.tick_params(axis="y", length=0)
     found = [(_place(step, moments, spans), groups.index(g)) for step, g in marks if g in groups]
     if found:
-        axes.scatter(
-            *zip(*found), marker="X", s=46, c=_MARK, edgecolors="white", clip_on=False, zorder=4
-        )
+        across, up = ([place[i] for place in found] for i in (0, 1))
+        style: dict[str, Any] = {
+            "marker": "X",
+            "edgecolors": "white",
+            "clip_on": False,
+            "zorder": 4,
+        }
+        axes.scatter(across, up, s=46, c=_MARK, **style)
     _legend(axes, palette, colour, marked=bool(found))
     if palette.varies:
         _colour_bar(figure, axes, palette, colour)
@@ -220,6 +225,18 @@ def _place(step: int, moments: Sequence[Moment], spans: Sequence[tuple[float, fl
     share = min(1.0, max(0, step - moments[at].step) / steps) if steps > 0 else 0.5
     left, width = spans[at]
     return left + share * width
+
+
+def _shown_in_notebooks(base: Any) -> Any:
+    """A figure that a notebook shows, without pyplot, which would keep it open."""
+
+    class Timeline(base):  # type: ignore[misc]
+        def _repr_png_(self) -> bytes:
+            stream = io.BytesIO()
+            self.savefig(stream, format="png", dpi=110, facecolor=self.get_facecolor())
+            return stream.getvalue()
+
+    return Timeline
 
 
 def _boundaries(moments: Sequence[Moment], starts: Sequence[float]) -> list[float]:

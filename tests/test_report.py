@@ -193,3 +193,13 @@ def test_summarizing_changes_nothing() -> None:
     str(summarize(model, optimizer))
     assert [(p.requires_grad, p._version) for p in model.parameters()] == before
     assert [len(group["params"]) for group in optimizer.param_groups] == groups
+
+
+def test_a_summary_is_a_table_in_a_notebook_whose_names_are_escaped() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    model.add_module("<b>", nn.Linear(1, 1))
+    text = summarize(model)._repr_html_()
+    assert text.count("<tr>") == 1 + len({row.layer_group for row in summarize(model).rows})
+    assert "<b>" not in text
+    assert "11 of 11 parameters train (100.00 %), 6 of 6 tensors." in text
+    assert "background: transparent" in text  # the theme's own colours
