@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_freeze.anatomy import Anatomy, Stack
 from lightning_freeze.apply import freeze, unfreeze
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.guard import assert_frozen, audit_parameters
+from lightning_freeze.discovery.anatomy import Anatomy, Stack
 from lightning_freeze.errors import (
     ArgumentError,
     AuditError,

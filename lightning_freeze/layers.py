@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack
-from lightning_freeze.discovery import backbone_at, discover
+from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup, Stack
+from lightning_freeze.discovery.rules import backbone_at, discover
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.selectors import Selectors, label_of, select

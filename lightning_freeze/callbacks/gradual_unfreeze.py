@@ -10,13 +10,13 @@ from typing import Any, Literal, Union
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_freeze.adapters import adapter_names
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, one_of, positive, whole
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule
+from lightning_freeze.discovery.adapters import adapter_names
 from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
 from lightning_freeze.layers import LayerGroup, discover, groups_of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_freeze.cost.shadow import stand_ins, tensors_in
+from lightning_freeze.discovery.zoo import kind_of
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.zoo import kind_of
 
 TOKENS = 128
 SAMPLES = 16_000  # a second of speech

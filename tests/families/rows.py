@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_freeze.anatomy import Anatomy, LayerGroup
+from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup
 from lightning_freeze.errors import FreezeError
 from lightning_freeze.layers import discover
 from lightning_freeze.names import ModelIndex

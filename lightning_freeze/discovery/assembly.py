@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from lightning_freeze.anatomy import Anatomy, LayerGroup, Stack
+from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup, Stack
 from lightning_freeze.names import ModelIndex
 
 # parts that stand above the blocks although some models register them first

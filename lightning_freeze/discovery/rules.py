@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lightning_freeze.adapters import adapter_names, is_wrapped
-from lightning_freeze.anatomy import Anatomy, LayerGroup
-from lightning_freeze.assembly import assemble, is_above
-from lightning_freeze.blocks import (
+from lightning_freeze.discovery.adapters import adapter_names, is_wrapped
+from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup
+from lightning_freeze.discovery.assembly import assemble, is_above
+from lightning_freeze.discovery.blocks import (
     Blocks,
     class_of,
     homogeneous_lists,
@@ -33,10 +33,7 @@ from lightning_freeze.blocks import (
     weight,
     with_siblings,
 )
-from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.selectors import Selectors, label_of, select
-from lightning_freeze.zoo import (
+from lightning_freeze.discovery.zoo import (
     as_groups,
     blocks_of,
     has_task,
@@ -44,6 +41,9 @@ from lightning_freeze.zoo import (
     kind_of,
     zoo_models,
 )
+from lightning_freeze.errors import DiscoveryError
+from lightning_freeze.names import ModelIndex
+from lightning_freeze.selectors import Selectors, label_of, select
 
 _TOWER = re.compile(r"(encoder|decoder|tower|branch|stream|net|model|expert)s?_?\d+$")
 _HEAD = re.compile(

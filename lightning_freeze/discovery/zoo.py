@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze.adapters import adapter_names
-from lightning_freeze.anatomy import Anatomy, LayerGroup
-from lightning_freeze.assembly import assemble, is_above, is_below
-from lightning_freeze.blocks import (
+from lightning_freeze.discovery.adapters import adapter_names
+from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup
+from lightning_freeze.discovery.assembly import assemble, is_above, is_below
+from lightning_freeze.discovery.blocks import (
     Blocks,
     children,
     class_of,

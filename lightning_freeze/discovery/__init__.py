@@ -1,0 +1,1 @@
+"""A model -> where its stem, its stacks of blocks and its head are."""
