@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
@@ -137,9 +139,14 @@ class Chronicle:
 def _trains(run: AuditRun) -> int:
     """Number of elements that train."""
     frozen, parameters = run.ledger.declared.frozen, run.ledger.index.parameters
-    return sum(p.numel() for name, p in parameters.items() if name not in frozen)
+    return sum(_elements(p) for name, p in parameters.items() if name not in frozen)
 
 
 def _size(run: AuditRun) -> int:
     """Number of elements in all."""
-    return sum(parameter.numel() for parameter in run.ledger.index.parameters.values())
+    return sum(map(_elements, run.ledger.index.parameters.values()))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """A lazy layer that has seen no input has none yet."""
+    return 0 if is_lazy(parameter) else parameter.numel()
