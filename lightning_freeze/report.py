@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze.errors import ArgumentError, DiscoveryError
+from lightning_freeze.html import summary_to_html
 from lightning_freeze.layers import LayerGroup, groups_of
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import learning_rates, listed, whole_groups
@@ -110,6 +111,9 @@ class Summary:
         return self.to_text()
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return summary_to_html(self)
 
 
 def summarize(model: nn.Module, optimizer: Any = None) -> Summary:

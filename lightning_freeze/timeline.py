@@ -104,9 +104,9 @@ def plot_timeline(
     axes.tick_params(axis="y", length=0)
     found = [(_place(step, moments, spans), groups.index(g)) for step, g in marks if g in groups]
     if found:
-        axes.scatter(
-            *zip(*found), marker="X", s=46, c=_MARK, edgecolors="white", clip_on=False, zorder=4
-        )
+        across, up = ([place[i] for place in found] for i in (0, 1))
+        style: Any = {"marker": "X", "edgecolors": "white", "clip_on": False, "zorder": 4}
+        axes.scatter(across, up, s=46, c=_MARK, **style)
     _legend(axes, palette, colour, marked=bool(found))
     if palette.varies:
         _colour_bar(figure, axes, palette, colour)

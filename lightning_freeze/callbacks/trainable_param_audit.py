@@ -29,6 +29,7 @@ from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.html import audit_to_html
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.selectors import Selectors, as_selectors
@@ -436,13 +437,9 @@ class TrainableParamAudit(Callback):
         """The report as plain values."""
         return self._current().to_dict(self._run)
 
+    def _repr_html_(self) -> str:
+        return audit_to_html(self.verdict, self.findings)
+
     def plot(self, path: Union[str, os.PathLike[str], None] = None) -> Any:
-        """Draw which layers trained when, with their learning rates.
-
-        Args:
-            path: where to save the picture; not saved where None.
-
-        Returns:
-            The matplotlib figure.
-        """
+        """Draw which layers trained when: a matplotlib figure, saved to `path` if given."""
         return self._record.plot(None if path is None else Path(path))
