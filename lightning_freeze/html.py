@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_freeze.audit.findings import Finding
 
 # lines as faint as text allows: readable on white and on black
 _LINE = "border-bottom: 1px solid color-mix(in srgb, currentColor 25%, transparent)"
@@ -48,3 +52,15 @@ def table_to_html(
     parts.append(f"<tbody>{''.join(cells('td', row) for row in rows)}</tbody></table>")
     parts += [f'<p style="margin: 0.3em 0">{escape(note)}</p>' for note in notes]
     return "\n".join(parts)
+
+
+def audit_to_html(verdict: str, findings: Sequence[Finding]) -> str:
+    """An audit's verdict, and a row per finding."""
+    if not findings:
+        return f"<p>{escape(verdict)}</p>"
+    rows = [
+        [f.code, f.epoch, f.step, " ".join(filter(None, (f.message, f.cause))), f.fix]
+        for f in findings
+    ]
+    header = ["code", "epoch", "step", "what", "fix"]
+    return table_to_html(header, rows, title=verdict, numeric=("epoch", "step"))

@@ -22,6 +22,7 @@ from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._chronicle import Chronicle
+from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, saved_state, start
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
@@ -29,6 +30,7 @@ from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.distributed import from_all_ranks, together
+from lightning_freeze.html import audit_to_html
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.selectors import Selectors, as_selectors
@@ -208,25 +210,13 @@ class TrainableParamAudit(Callback):
         self._ignored = ignored_by(session.index, self.ignore)
         self._record.ignored = len(self._ignored)
         self._record.groups = groups_or_children(session.index)
-        self._declared = self._declaration()
+        self._declared = declared_by(session, self._ignored)
         self._record.fresh |= session.fresh
         self._wrapped = session.wrapped_with
         parameters = session.index.parameters.values()
         restored = trainer.ckpt_path is None and not restores_late(trainer)
         if restored and not any(is_lazy(p) for p in parameters):
             self._begin(trainer, pl_module, session)
-
-    def _declaration(self) -> Declared:
-        session = self._session
-        assert session is not None
-        assert session.index is not None
-        if not session.managed or session.applier is None:
-            declared = Declared.by_flags(session.index, session.plan.frozen)
-        else:
-            kept = {id(module) for module in session.applier.quiet}
-            quiet = tuple(p for p, m in session.index.modules.items() if id(m) in kept)
-            declared = Declared(session.plan.frozen, quiet, quiet)
-        return declared.without(self._ignored, session.index)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On a resume, fingerprint what is frozen here, where it has been restored; then check."""
@@ -286,7 +276,7 @@ class TrainableParamAudit(Callback):
                 self._check(trainer, flags=False)
             return
         self._wrapped = session.wrapped_with
-        self._declared = self._declaration()
+        self._declared = declared_by(session, self._ignored)
         if self._run is not None:
             self._run.declare(self._declared, self._now(trainer))
             self._hunt_ends = -1
@@ -437,6 +427,9 @@ class TrainableParamAudit(Callback):
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
         return self._current().to_dict(self._run)
+
+    def _repr_html_(self) -> str:
+        return audit_to_html(self.verdict, self.findings)
 
     def plot(self, path: Union[str, os.PathLike[str], None] = None) -> Any:
         """Draw which layers trained when, with their learning rates.
