@@ -29,9 +29,9 @@ from lightning_freeze.blocks import (
     longest_list,
     sequential,
 )
-from lightning_freeze.errors import ArgumentError, DiscoveryError
+from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.selectors import Selectors, as_selectors, select
+from lightning_freeze.selectors import Selector, Selectors, as_selectors, select
 
 # parts that stand above the blocks although some models register them first
 _ABOVE = re.compile(
@@ -126,6 +126,19 @@ def groups_of(
     if patterns is None:
         return discover(index).groups
     return _by_patterns(index, patterns)
+
+
+def select_or_group(
+    index: ModelIndex, groups: Sequence[LayerGroup], selector: Selector
+) -> tuple[str, ...]:
+    """Names that a selector means; the name of a layer group will do."""
+    try:
+        return select(index, selector)
+    except SelectorError:
+        for group in groups:
+            if group.name == selector:
+                return group.parameters
+        raise
 
 
 def _by_patterns(index: ModelIndex, patterns: Sequence[Selectors]) -> tuple[LayerGroup, ...]:

@@ -27,6 +27,8 @@ class PreviewRow:
         lr_scale: layer group -> factor on the user's learning rate, of what trains in it; the
             largest if there are several.
         reached: whether a run of the given length gets there.
+        refrozen: layer groups that trained in the stage before and no longer do (part of a group
+            counts).
     """
 
     at: int
@@ -36,6 +38,7 @@ class PreviewRow:
     optimizer_bytes: int
     lr_scale: dict[str, float]
     reached: bool
+    refrozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ class SchedulePreview:
                         if now & set(g.parameters)
                     },
                     reached=schedule.unit != "epoch" or stage.at < max_epochs,
+                    refrozen=tuple(g.name for g in groups if (before - now) & set(g.parameters)),
                 )
             )
             before = now
@@ -105,7 +109,12 @@ class SchedulePreview:
             title_justify="left",
         )
         table.add_column({"metric": "stage"}.get(self.unit, self.unit), justify="right")
-        table.add_column("unfreezes", overflow="fold")
+        unfreezes = any(row.unfrozen for row in self.rows[1:]) or len(self.rows) == 1
+        freezes = any(row.refrozen for row in self.rows)
+        if unfreezes:
+            table.add_column("unfreezes", overflow="fold")
+        if freezes:
+            table.add_column("freezes", overflow="fold")
         for heading in ("trainable", "share", "gradients", "optimizer", "lr factor"):
             table.add_column(heading, justify="right")
         for row in self.rows:
@@ -115,7 +124,8 @@ class SchedulePreview:
                 spread += f" - {factors[-1]:.3g}"
             table.add_row(
                 str(row.at) if row.reached else f"{row.at} (never)",
-                _joined(row.unfrozen),
+                *([_joined(row.unfrozen)] if unfreezes else []),
+                *([_joined(row.refrozen)] if freezes else []),
                 f"{row.trainable:,}",
                 f"{100 * row.trainable / self.total:.1f} %",
                 _size(row.gradient_bytes),
