@@ -97,5 +97,9 @@ def _norms(gradients: list[Tensor], device: torch.device) -> Tensor:
     """One number for each, in float32: float16 would overflow."""
     if all(g.dtype == torch.float32 and g.device == device for g in gradients):
         return torch.stack(list(torch._foreach_norm(gradients)))
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]
-    return torch.stack([each.to(device) for each in norms])
+    low = (torch.float16, torch.bfloat16)
+    norms = [
+        torch.linalg.vector_norm(g, dtype=torch.float32 if g.dtype in low else None)
+        for g in gradients
+    ]
+    return torch.stack([each.to(device, torch.float32) for each in norms])
