@@ -332,7 +332,7 @@ def test_what_is_wrong_is_told_before_the_first_batch(
     ("first", "second", "match"),
     [
         ("clock", lambda: GradualFreeze(start=4), "would go back to stage 0"),
-        ("autofreeze", lambda: GradualFreeze(start=9), "would go back to stage 0"),
+        ("autofreeze by steps", lambda: GradualFreeze(start=9), "would go back to stage 0"),
         ("clock", GradualFreeze.autofreeze, "lacks `gradient.interval`"),
     ],
 )
