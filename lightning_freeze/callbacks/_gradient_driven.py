@@ -43,6 +43,7 @@ class GradientDriven(FreezingCallback):
         self._norms: GradientNorms | None = None
         self._unread: dict[str, Any] | None = None
         self._warned = False
+        self._heard = False
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the model's parameters."""
@@ -82,6 +83,7 @@ class GradientDriven(FreezingCallback):
     ) -> None:
         """Read the gradients: reduced over the ranks and unscaled, not yet clipped."""
         norms = self._reader()
+        self._heard = True
         if norms is not None:
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             norms.read(held, first=self._clock.frozen, scale=_scale(trainer, optimizer))
@@ -110,9 +112,9 @@ class GradientDriven(FreezingCallback):
         # rank 0's for all: they are equal but for what a strategy adds up in another order
         means = from_all_ranks(norms.means(), "the gradients' norms")[0]
         norms.clear()
-        if all(mean is None for mean in means):
+        if not self._heard and all(mean is None for mean in means):
             self._warn()
-            return
+        self._heard = False
         self._clock = self._clock.feed(means)
 
     def _warn(self) -> None:
@@ -120,8 +122,8 @@ class GradientDriven(FreezingCallback):
             self._warned = True
             rank_zero_warn(
                 f"{self.state_key} has read no gradient for a whole interval, so it freezes "
-                "nothing. It reads them in `on_before_optimizer_step`: step what "
-                "`self.optimizers()` returns, and don't freeze all of the layers by other means."
+                "nothing. It reads them in `on_before_optimizer_step`: with manual optimisation, "
+                "step what `self.optimizers()` returns."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,6 +155,7 @@ class GradientDriven(FreezingCallback):
         self._interval = saved["interval"]
         self._clock = GradientClock(self.percentile, tuple(saved["previous"]), saved["frozen"])
         self._norms = None
+        self._heard = True
         self._unread = {"totals": saved["totals"], "steps": saved["steps"]}
 
 

@@ -44,6 +44,8 @@ class GradualFreeze(GradientDriven):
     The mirror of `GradualUnfreeze`. At `start` the lowest `layers_per_step` layer groups freeze,
     and as many every `every` epochs. What freezes gives its gradients and optimizer state back at
     once, no graph is built below the lowest layer that trains, and it never trains again.
+    A tensor that the head shares with a layer below, as in masked language models, freezes with
+    that layer.
 
     Args:
         schedule: epoch (or step) -> selectors of what freezes then, cumulative:

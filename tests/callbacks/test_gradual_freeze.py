@@ -270,6 +270,22 @@ def test_what_the_user_froze_does_not_count_and_stays_frozen() -> None:
     assert 1 < callback.state_dict()["gradient"]["frozen"] < 4
 
 
+def test_what_another_callback_unfreezes_later_is_measured_from_then_on() -> None:
+    callback = GradualFreeze.autofreeze(percentile=100)
+    counts = []
+
+    class See(Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            counts.append(callback.state_dict()["gradient"]["frozen"])
+
+    model = seeded(ByStep)
+    callbacks = [FreezeBackbone(unfreeze_at_epoch=2), callback, See(), FixedDropout()]
+    trainer(*callbacks, epochs=6).fit(model, loader())  # warnings are errors
+    assert counts[:4] == [0] * 4  # epochs 2 and 3 are the first to be compared
+    assert 0 < counts[-1] < 4
+    assert not model.backbone.embed.weight.requires_grad
+
+
 def test_a_second_fit_begins_anew_and_a_copy_goes_on_its_own() -> None:
     callback = GradualFreeze.autofreeze(percentile=90)
     ends = []
