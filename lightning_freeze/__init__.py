@@ -33,6 +33,7 @@ from lightning_freeze.schedule import UnfreezeSchedule
 if TYPE_CHECKING:
     from lightning_freeze.callbacks import (
         FreezeBackbone,
+        GradualFreeze,
         GradualUnfreeze,
         ReinitTopLayers,
         TrainableParamAudit,
@@ -40,7 +41,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit")
+_CALLBACKS = (
+    "FreezeBackbone",
+    "GradualFreeze",
+    "GradualUnfreeze",
+    "ReinitTopLayers",
+    "TrainableParamAudit",
+)
 
 __all__ = [
     "Anatomy",
@@ -53,6 +60,7 @@ __all__ = [
     "FreezeError",
     "FreezePlan",
     "FrozenWeightsChanged",
+    "GradualFreeze",
     "GradualUnfreeze",
     "LayerGroup",
     "ReinitError",

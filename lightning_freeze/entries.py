@@ -13,7 +13,7 @@ from lightning_freeze.arguments import positive
 from lightning_freeze.errors import ArgumentError, ScheduleError
 
 _EXAMPLE = '`{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}`'
-_HOW = (
+HOW = (
     f"A schedule maps an epoch to selectors, as in {_EXAMPLE}; a value may also be "
     '`{"unfreeze": [...], "lr_scale": 0.5}`. `"freeze": [...]` in it freezes again.'
 )
@@ -66,7 +66,7 @@ def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry
         origin = f"The schedule file `{schedule}`"
         schedule = read_schedule(schedule)
     if not isinstance(schedule, Mapping) or not schedule:
-        raise ScheduleError(f"{origin} is {schedule!r}. {_HOW}")
+        raise ScheduleError(f"{origin} is {schedule!r}. {HOW}")
     entries: dict[int, list[Entry]] = {}
     for key, value in schedule.items():
         at = _whole(key, origin)
@@ -106,9 +106,9 @@ def read_schedule(path: Union[str, Path]) -> Any:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ScheduleError(f"{origin} can't be read: {error.strerror or error}. {_HOW}") from error
+        raise ScheduleError(f"{origin} can't be read: {error.strerror or error}. {HOW}") from error
     except UnicodeDecodeError as error:
-        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {HOW}") from error
     return from_yaml(text, origin)
 
 
@@ -123,7 +123,7 @@ def from_yaml(text: str, origin: str = "`schedule`") -> Any:
     try:
         return yaml.load(text, _strict_loader())
     except yaml.YAMLError as error:
-        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {HOW}") from error
 
 
 def _strict_loader() -> Any:
@@ -149,7 +149,7 @@ def _whole(key: Any, origin: str) -> int:
     if isinstance(key, str) and re.fullmatch(r"\s*-?[0-9]+\s*", key):
         key = int(key)
     if isinstance(key, bool) or not isinstance(key, int):
-        raise ScheduleError(f"{origin} has the key {key!r}, which is not an epoch. {_HOW}")
+        raise ScheduleError(f"{origin} has the key {key!r}, which is not an epoch. {HOW}")
     if key < 0:
         raise ScheduleError(f"{origin} has the epoch {key}. Epochs count from 0.")
     return key
@@ -170,7 +170,7 @@ def _entry(at: int, value: Any, origin: str) -> Entry:
     unknown = sorted(map(str, set(value) - _KEYS))
     if unknown or not {"unfreeze", "freeze"}.intersection(value):
         wrong = f"the unknown key `{unknown[0]}`" if unknown else "no key `unfreeze`"
-        raise ScheduleError(f"{origin} has {wrong} at epoch {at}. {_HOW}")
+        raise ScheduleError(f"{origin} has {wrong} at epoch {at}. {HOW}")
     scaled = "lr_scale" in value
     if scaled and "unfreeze" not in value:
         raise ScheduleError(
@@ -192,7 +192,7 @@ def _selectors(value: Any, at: int, origin: str) -> tuple[Any, ...]:
         value = [value]
     valid = isinstance(value, Sequence) and value
     if not valid or not all((isinstance(s, str) and s.strip()) or callable(s) for s in value):
-        raise ScheduleError(f"{origin} has {value!r} at epoch {at}. {_HOW}")
+        raise ScheduleError(f"{origin} has {value!r} at epoch {at}. {HOW}")
     for selector in value:
         if isinstance(selector, str) and selector.startswith("re:"):
             try:

@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup, Stack
 from lightning_freeze.discovery.rules import backbone_at, discover
-from lightning_freeze.errors import ArgumentError
+from lightning_freeze.errors import ArgumentError, SelectorError
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.selectors import Selectors, label_of, select
+from lightning_freeze.selectors import Selector, Selectors, label_of, select
 
 __all__ = [
     "Anatomy",
@@ -21,6 +21,7 @@ __all__ = [
     "discover",
     "groups_of",
     "layer_groups",
+    "select_or_group",
 ]
 
 
@@ -84,6 +85,19 @@ def groups_of(
     if patterns is None:
         return discover(index).groups
     return _by_patterns(index, patterns)
+
+
+def select_or_group(
+    index: ModelIndex, groups: Sequence[LayerGroup], selector: Selector
+) -> tuple[str, ...]:
+    """Names that a selector means; the name of a layer group will do."""
+    try:
+        return select(index, selector)
+    except SelectorError:
+        for group in groups:
+            if group.name == selector:
+                return group.parameters
+        raise
 
 
 def _by_patterns(index: ModelIndex, patterns: Sequence[Selectors]) -> tuple[LayerGroup, ...]:

@@ -39,7 +39,8 @@ class PreviewRow:
         reached: whether a run of the given length gets there.
         flops: of one training step, None where they couldn't be counted.
         cost: those, relative to a step that trains the whole model.
-        frozen: layer groups that freeze again (part of a group counts).
+        frozen: layer groups that trained in the stage before and no longer do (part of a group
+            counts).
     """
 
     at: int

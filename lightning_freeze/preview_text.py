@@ -76,6 +76,8 @@ def _cells(preview: SchedulePreview, row: PreviewRow) -> dict[str, str]:
         del cells["step cost"]  # nobody asked
     if not any(row.frozen for row in preview.rows):
         del cells["freezes"]
+    elif not any(row.unfrozen for row in preview.rows[1:]):
+        del cells["unfreezes"]  # all train at first
     return cells
 
 

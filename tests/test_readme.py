@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import lightning_freeze.callbacks
 from tests.callbacks.test_freeze_backbone import Classifier, bert, tokens
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -34,7 +35,7 @@ def test_snippet_runs_as_written(
 
 
 def test_there_is_a_short_snippet_for_each_callback() -> None:
-    for name in ("FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit"):
+    for name in lightning_freeze.callbacks.__all__:
         assert any(
             name in snippet and len(snippet.strip().splitlines()) <= 10 for snippet in SNIPPETS
         ), name

@@ -1,8 +1,15 @@
 """The callbacks; the only place that imports lightning."""
 
 from lightning_freeze.callbacks.freeze_backbone import FreezeBackbone
+from lightning_freeze.callbacks.gradual_freeze import GradualFreeze
 from lightning_freeze.callbacks.gradual_unfreeze import GradualUnfreeze
 from lightning_freeze.callbacks.reinit_top_layers import ReinitTopLayers
 from lightning_freeze.callbacks.trainable_param_audit import TrainableParamAudit
 
-__all__ = ["FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit"]
+__all__ = [
+    "FreezeBackbone",
+    "GradualFreeze",
+    "GradualUnfreeze",
+    "ReinitTopLayers",
+    "TrainableParamAudit",
+]

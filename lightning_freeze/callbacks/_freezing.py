@@ -1,4 +1,4 @@
-"""The hooks that `FreezeBackbone` and `GradualUnfreeze` share."""
+"""The hooks that all freezing callbacks share."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule
 from lightning_freeze.discovery.adapters import adapter_names
 from lightning_freeze.entries import Entry, parse_schedule
-from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
-from lightning_freeze.layers import LayerGroup, discover, groups_of
+from lightning_freeze.errors import ArgumentError, DiscoveryError
+from lightning_freeze.layers import LayerGroup, discover, groups_of, select_or_group
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.patterns import AllAtOnce, OneByOne, RandomLayers
 from lightning_freeze.preview import SchedulePreview
@@ -201,7 +201,7 @@ class GradualUnfreeze(MetricDriven):
         if self.entries is not None:
 
             def pick(selector: Selector) -> Sequence[str]:
-                return self._pick(index, groups, selector)
+                return select_or_group(index, groups, selector)
 
             schedule = from_entries(schedule, self.entries, pick)
         elif self.pattern is not None:
@@ -239,19 +239,6 @@ class GradualUnfreeze(MetricDriven):
         if self.groups is not None:
             return [select(index, group) for group in self.groups]
         return [block.parameters for block in discover(index).blocks]
-
-    @staticmethod
-    def _pick(
-        index: ModelIndex, groups: Sequence[LayerGroup], selector: Selector
-    ) -> tuple[str, ...]:
-        """Names that a selector of the schedule means; the name of a layer group will do."""
-        try:
-            return select(index, selector)
-        except SelectorError:
-            for group in groups:
-                if group.name == selector:
-                    return group.parameters
-            raise
 
     def preview(
         self, model: nn.Module, max_epochs: int, *, inputs: Any = None, batch: int = 1

@@ -71,6 +71,27 @@ def test_all_four_callbacks_run_from_a_yaml_config(cli: Callable[[str], Lightnin
     assert lrs["backbone.blocks.2"] == 0.5 * lrs["head"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "frozen"),
+    [
+        ("{schedule: {1: embed, 2: {freeze: [blocks.0]}}}", {"embed", "blocks.0"}),
+        ("{start: 1, layers_per_step: 3, groups: [embed, blocks.0, blocks.1]}", {"embed", "b"}),
+        ("{every: 3, unit: step, monitor: gradient, percentile: 100}", {"embed"}),
+    ],
+)
+def test_gradual_freeze_runs_from_a_yaml_config(
+    cli: Callable[[str], LightningCLI], arguments: str, frozen: set[str]
+) -> None:
+    before, _, after = CONFIG.partition("    - class_path: lightning_freeze.ReinitTopLayers")
+    audit = after[after.index("    - class_path: lightning_freeze.TrainableParamAudit") :]
+    freeze = f"    - class_path: lightning_freeze.GradualFreeze\n      init_args: {arguments}\n"
+    run = cli(before + freeze + audit)
+    trains = trainable(run.model)
+    still = {name for name, _ in run.model.named_parameters()} - trains
+    assert all(any(part in name for name in still) for part in frozen)
+    assert "head.weight" in trains
+
+
 # The example configs
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"

@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_freeze import FreezeBackbone, GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
+from lightning_freeze import (
+    FreezeBackbone,
+    GradualFreeze,
+    GradualUnfreeze,
+    ReinitTopLayers,
+    TrainableParamAudit,
+)
 from tests.ranks.fits import OwnData
 from tests.toys import Block, same, seeded, trainer
 
@@ -231,6 +237,27 @@ def test_a_resume_between_two_random_draws_ends_like_the_whole_run(tmp_path: Pat
     frozen = {name for name, trains in saved(tmp_path, "whole-0-end")[2].items() if not trains}
     assert {name.split(".")[2] for name in frozen} <= set("0123")
     assert len(frozen) == 8  # control: two of four blocks, with a matrix, a norm and two biases
+
+
+def test_layers_freeze_by_the_norms_of_whole_gradients(tmp_path: Path) -> None:
+    def callbacks(tag: str) -> list[Callback]:
+        freeze = GradualFreeze.autofreeze(every=3, unit="step", percentile=80)
+        audit = TrainableParamAudit(table=False, every="batch")  # it raises
+        return [freeze, audit, Save(tmp_path, tag)]
+
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(lambda: Net(adamw, sharded=False), *callbacks("ddp"))
+    fit(lambda: Net(adamw), *callbacks("whole"), save)
+    # 8 steps are inside the third interval
+    fit(lambda: Net(adamw), *callbacks("resumed"), ckpt_path=tmp_path / "epoch=1.ckpt")
+    for rank in range(2):
+        flags = saved(tmp_path, f"ddp-{rank}-end")[2]
+        assert saved(tmp_path, f"whole-{rank}-end")[2] == flags
+        for what in (2, EPOCHS - 1, "end"):
+            one, other = (saved(tmp_path, f"{tag}-{rank}-{what}") for tag in ("whole", "resumed"))
+            assert equal(one, other), what
+    assert not flags["backbone.embed.weight"]  # control: something froze, and not everything
+    assert flags["backbone.blocks.3.linear.weight"]
 
 
 def test_fresh_layers_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:

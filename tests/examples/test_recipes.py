@@ -153,7 +153,7 @@ def test_every_recipe_is_described_and_few_lines_long() -> None:
         assert all(f"{call}," in text for call in shown)
         assert "https://" in text
         assert len(text.partition('"""\n\n')[2].splitlines()) <= 8
-    assert len(ALL) == 10
+    assert len(ALL) == 11
 
 
 # name -> what trains in each epoch, as beginnings of names; `.x` is an ending, None everything
@@ -213,3 +213,18 @@ def test_lisa_trains_two_of_the_layers_until_it_draws_anew() -> None:
         assert all(short(moved) - still == expected - still for moved in epochs[first:last])
     every = {n for moved in epochs for n in short(moved) if LAYER in n}
     assert len({n.split(".")[3] for n in every}) > 2  # another layer came in
+
+
+def test_autofreeze_freezes_from_the_bottom_and_never_the_head() -> None:
+    model, epochs, _ = fit("autofreeze", 8, layers=6)
+    layers = [names(model, "bert.embeddings"), *(names(model, f"{LAYER}{n}.") for n in range(6))]
+    still = [n for moved in epochs for n in names(model, *HEAD) - short(moved)]
+    assert still == []
+    counts = []
+    for moved in epochs:
+        trains = [bool(layer & short(moved)) for layer in layers]
+        assert trains == sorted(trains)  # what is frozen is at the bottom
+        counts.append(trains.count(False))
+    assert counts == sorted(counts)
+    assert counts[:2] == [0, 0]  # two intervals are compared first
+    assert 0 < counts[-1] < 7

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from lightning_freeze import FreezeBackbone, GradualUnfreeze, TrainableParamAudit
+from lightning_freeze import FreezeBackbone, GradualFreeze, GradualUnfreeze, TrainableParamAudit
 from tests.ranks.fits import EPOCHS, OwnData, Save, adamw, fit, saved, sgd
 from tests.ranks.processes import on_ranks
 from tests.toys import same
@@ -65,6 +65,28 @@ def test_bytes_reduced_are_those_of_what_trains(
         assert len(reduced) == STEPS * EPOCHS
         assert reduced[0] == (8 * 3 + 3) * 4  # the head
         assert len(set(reduced)) == stages
+
+
+@pytest.mark.timeout(60)
+def test_what_freezes_is_no_longer_reduced_and_ranks_stay_equal(tmp_path: Path) -> None:
+    def act(_: int) -> Any:
+        meter, audit = Meter(), TrainableParamAudit(table=False, every="batch")
+        callback = GradualFreeze.autofreeze(every=5, unit="step", percentile=80)
+        fit(lambda: OwnData(sgd), callback, audit, meter, Save(tmp_path))
+        decided = callback.state_dict()["gradient"]
+        return meter.reduced, meter.trainable, decided, len(audit.findings)
+
+    first, second = on_ranks(act)
+    assert (first.error, second.error) == ("", "")
+    assert first.value == second.value
+    reduced, trainable, decided, findings = first.value
+    assert findings == 0
+    assert reduced == trainable
+    assert len(reduced) == STEPS * EPOCHS
+    assert 0 < decided["frozen"] < 5
+    assert reduced[-1] < reduced[0]
+    a, b = saved(tmp_path, 0, EPOCHS - 1), saved(tmp_path, 1, EPOCHS - 1)
+    assert all(same(a[name], b[name]) for name in a)
 
 
 class Registers(DDPStrategy):
