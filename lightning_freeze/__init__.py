@@ -32,6 +32,7 @@ from lightning_freeze.schedule import UnfreezeSchedule
 if TYPE_CHECKING:
     from lightning_freeze.callbacks import (
         FreezeBackbone,
+        FrozenFeatureCache,
         GradualUnfreeze,
         ReinitTopLayers,
         TrainableParamAudit,
@@ -39,7 +40,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_CALLBACKS = ("FreezeBackbone", "GradualUnfreeze", "ReinitTopLayers", "TrainableParamAudit")
+_CALLBACKS = (
+    "FreezeBackbone",
+    "FrozenFeatureCache",
+    "GradualUnfreeze",
+    "ReinitTopLayers",
+    "TrainableParamAudit",
+)
 
 __all__ = [
     "ArgumentError",
@@ -50,6 +57,7 @@ __all__ = [
     "FreezeBackbone",
     "FreezeError",
     "FreezePlan",
+    "FrozenFeatureCache",
     "FrozenWeightsChanged",
     "GradualUnfreeze",
     "LayerGroup",

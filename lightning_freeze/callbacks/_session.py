@@ -239,6 +239,20 @@ class Session:
         else:
             self.applier.reassert()
 
+    def upcoming(self) -> list[frozenset[str]]:
+        """What will be frozen in each of the stages to come, soonest first."""
+        later = sorted(
+            (stage.at, number, place)
+            for place, (callback, schedule) in enumerate(self.schedules.items())
+            for number, stage in enumerate(schedule.stages)
+            if number > self.stages.get(callback, 0)
+        )
+        callbacks, stages, found = list(self.schedules), dict(self.stages), []
+        for _, number, place in later:
+            stages[callbacks[place]] = number
+            found.append(self._merged(stages).frozen)
+        return found
+
     def _history(self, claimed: frozenset[str]) -> dict[str, str]:
         """Name -> from when it trains, for the other ranks; empty where no callback freezes."""
         assert self.index is not None

@@ -1,0 +1,181 @@
+"""A traced step -> which calls of modules can be skipped.
+
+What is skipped is a prefix of the calls: they come first, and nothing in them trains, minds its
+mode or is watched from outside.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_modules
+
+from lightning_freeze.audit.moods import minds_its_mode
+
+
+Trains = Callable[[nn.Parameter], bool]
+
+
+@dataclass
+class Node:
+    """One call of a module, and the calls inside it."""
+
+    module: nn.Module | None
+    children: list[Node] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def walk(self) -> Iterator[Node]:
+        """This call and all inside, in order."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+
+@contextmanager
+def traced(model: nn.Module) -> Iterator[Node]:
+    """Note the calls of a model's modules while the block runs."""
+    root = Node(None)
+    open_nodes = [root]
+    known = set(model.modules())
+    began: list[float] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if module in known:
+            node = Node(module)
+            open_nodes[-1].children.append(node)
+            open_nodes.append(node)
+            began.append(time.perf_counter())
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if module in known and len(open_nodes) > 1:
+            open_nodes.pop().seconds = time.perf_counter() - began.pop()
+
+    handles = [
+        torch_modules.register_module_forward_pre_hook(enter),
+        torch_modules.register_module_forward_hook(leave),
+    ]
+    try:
+        yield root
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What can be skipped.
+
+    Attributes:
+        scope: the module whose call has all of it inside.
+        skipped: the calls' modules, in order; the scope itself if all of it is frozen.
+        seconds: what they took in the traced step.
+    """
+
+    scope: nn.Module
+    skipped: tuple[nn.Module, ...]
+    seconds: float
+
+
+def by_flag(parameter: nn.Parameter) -> bool:
+    """Whether a parameter trains now."""
+    return parameter.requires_grad
+
+
+def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, str]:
+    """The longest prefix in time that can be skipped, or None and the reason.
+
+    Args:
+        root: of a traced step.
+        trains: whether a parameter trains; that of a later stage may be asked for.
+
+    Returns:
+        The prefix, and "" or why there is none although something in front is frozen.
+    """
+    best: Prefix | None = None
+    reason = _reason(root, trains)
+    for top in root.children:
+        nodes = _leading(top, trains)
+        if not any(_holds_weights(node.module) for node in nodes):
+            continue
+        seconds = sum(node.seconds for node in nodes)
+        scope = _common(top, nodes)
+        assert scope.module is not None
+        modules = tuple(node.module for node in nodes if node.module is not None)
+        called = [node.module for node in scope.walk()]
+        twice = next((m for m in modules if called.count(m) > 1), None)
+        if twice is not None:
+            reason = f"a frozen {type(twice).__name__} is called several times in one call"
+            continue
+        if best is None or seconds > best.seconds:
+            best = Prefix(scope.module, modules, seconds)
+    return best, "" if best else reason
+
+
+def _holds_weights(module: nn.Module | None) -> bool:
+    return module is not None and next(module.parameters(), None) is not None
+
+
+def _reason(root: Node, trains: Trains) -> str:
+    """Why the first module with frozen weights can't be skipped; "" if it trains."""
+    for node in root.walk():
+        if node.module is None or not _holds_weights(node.module):
+            continue
+        if not any(trains(p) for p in node.module.parameters()):
+            return f"a frozen {type(node.module).__name__}: {obstacle(node.module, trains)}"
+        if any(trains(p) for p in node.module._parameters.values() if p is not None):
+            return ""
+    return ""
+
+
+def _leading(node: Node, trains: Trains) -> list[Node]:
+    """The calls at the beginning of a call that can be skipped."""
+    if obstacle(node.module, trains) is None:
+        return [node]
+    found: list[Node] = []
+    for child in node.children:
+        inside = _leading(child, trains)
+        found += inside
+        if inside != [child]:
+            break
+    return found
+
+
+def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> str | None:
+    """Why a module can't be skipped; None if it can."""
+    if module is None:
+        return "it is no module"
+    for inner in module.modules():
+        if any(trains(p) for p in inner._parameters.values() if p is not None):
+            return "it trains"
+        if inner._compiled_call_impl is not None or type(inner).__name__ == "OptimizedModule":
+            return "it is compiled"
+        if inner.training and minds_its_mode(inner):
+            return f"a {type(inner).__name__} in it is in train mode"
+        if foreign_hooks(inner):
+            return f"a {type(inner).__name__} in it has hooks"
+    return None
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Hooks on a module that aren't ours."""
+    hooks: list[Any] = []  # those of torch.nn.utils belong to how a weight is made
+    for table in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        hooks += getattr(module, table, {}).values()
+    known = (__name__.partition(".")[0], "torch.nn.utils")
+    return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(known)]
+
+
+def _common(node: Node, nodes: Sequence[Node]) -> Node:
+    """The innermost call that has some calls inside, or is the only one of them."""
+    if list(nodes) == [node]:
+        return node
+    for child in node.children:
+        inside = {id(n) for n in child.walk()}
+        if all(id(n) in inside for n in nodes):
+            return _common(child, nodes)
+    return node

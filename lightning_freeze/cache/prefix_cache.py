@@ -1,0 +1,275 @@
+"""What a scope's calls go through while its prefix is cached."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_freeze.cache.calls import Prefix
+from lightning_freeze.cache.content import Content
+from lightning_freeze.cache.keys import Call, Unkeyable
+from lightning_freeze.cache.probe import Fit, Unfit, close, probe
+from lightning_freeze.cache.replay import Output, Replay, undone
+from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
+from lightning_freeze.cache.store import ENTRY, Full, RowStore
+
+
+@dataclass
+class CacheStats:
+    """What a cache has done in a fit.
+
+    Attributes:
+        hits: samples whose frozen part wasn't computed.
+        misses: samples whose frozen part was computed, and kept where there was room.
+        nbytes: memory (or disk) that rows and keys take.
+        seconds_saved: time that the frozen part would have taken, less that of looking up.
+        skipped: what is left out now, in words; "" if nothing.
+        aside: why the cache does nothing any more; "" if it does.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    nbytes: int = 0
+    seconds_saved: float = 0.0
+    skipped: str = ""
+    aside: str = ""
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the samples whose frozen part wasn't computed."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**asdict(self), "hit_rate": self.hit_rate}
+
+
+class PrefixCache:
+    """Caches one prefix.
+
+    Args:
+        prefix: what can be skipped.
+        names: module -> its path: rows are found by it in a later stage, too.
+        store: where rows are kept.
+        stats: is kept up to date.
+        later: modules whose output a later stage will need, soonest first.
+        samples: rows of a batch -> about how many samples will be seen in an epoch.
+        step_aside: is told why nothing is cached any more.
+    """
+
+    def __init__(
+        self,
+        prefix: Prefix,
+        names: Mapping[nn.Module, str],
+        store: RowStore,
+        stats: CacheStats,
+        later: Sequence[nn.Module] = (),
+        samples: Callable[[int], float] = lambda rows: float("inf"),
+        step_aside: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self.store = store
+        self.stats = stats
+        self.fit: Fit | None = None
+        self.full = False
+        self._step_aside = step_aside
+        self._samples = samples
+        self._chosen: frozenset[Leaf] | None = None
+        self._over = False
+        inner = [module for module in later if module not in prefix.skipped]
+        self.replayed = Replay(prefix, inner)
+        self._names = [names[module] for module in self.replayed.modules]
+        self._later = [(self.replayed.modules.index(module), 0) for module in later]
+        self._outputs: dict[bytes, dict[int, Output]] = {}
+        self._per_row = 0.0
+        self._unverified = False
+        self._content = Content(prefix.skipped)
+
+    @property
+    def keeps(self) -> frozenset[Leaf]:
+        """Outputs that are kept: those needed now and those of later stages."""
+        assert self.fit is not None
+        return self.fit.needed.union(self._later if self._chosen is None else self._chosen)
+
+    def verify_next(self) -> None:
+        """At an epoch's start: compare all bytes of the frozen part with what they were.
+
+        And the next batch that is found whole is compared with what the frozen part gives now.
+        """
+        self._unverified = True
+        if self._content.changed(all_bytes=True):
+            self._forget()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The scope's call."""
+        original = self.replayed._original
+        if self._over or not self._content.usable():
+            return original(*args, **kwargs)
+        try:
+            call = Call.of(args, kwargs, None if self.fit is None else self.fit.batched)
+        except Unkeyable as reason:
+            self._leave(str(reason))
+            return original(*args, **kwargs)
+        if not call.rows:
+            return original(*args, **kwargs)
+        if self.fit is None or (self.fit.rows == 1 and call.rows > 1):
+            if not torch.is_grad_enabled():
+                return original(*args, **kwargs)
+            result, found = probe(self.replayed, call)
+            if isinstance(found, Unfit):
+                self._leave(str(found))
+            else:
+                self.fit = found
+            return result
+        return self._cached(call)
+
+    def _forget(self) -> None:
+        self.store.clear()
+        self.full = False
+
+    def _leave(self, reason: str) -> None:
+        self._over = True
+        self._step_aside(reason)
+
+    def _cached(self, call: Call) -> Any:
+        began = time.perf_counter()
+        assert self.fit is not None
+        if self._content.changed():
+            self._forget()
+        space, keys = call.keys()
+        missing: Sequence[int] = sorted(
+            set().union(*(self.store.missing(self._place(space, n), keys) for n in self.fit.needed))
+        )
+        if space not in self._outputs:
+            missing = range(call.rows)
+        with undone(self.replayed.prefix.scope) as undo:
+            try:
+                fresh = self._compute(call, space, keys, missing)
+                collected = time.perf_counter()
+                values = self._values(call, space, keys, missing, fresh)
+                if not missing:
+                    self._verify(call, values)
+                undo()
+                looked = time.perf_counter()
+                result = self.replayed.replay(call, self._shaped(space, call), values)
+            except Exception as error:
+                undo()
+                result = self.replayed.plain(call)  # an error of the model's own comes again here
+                self._leave(_because(error))
+                return result
+        self.stats.misses += len(missing)
+        self.stats.hits += call.rows - len(missing)
+        self.stats.nbytes = self.store.nbytes
+        overhead = (looked - began) - (collected - began if missing else 0.0)
+        self.stats.seconds_saved += self._per_row * (call.rows - len(missing)) - overhead
+        return result
+
+    def _place(self, space: bytes, leaf: Leaf) -> tuple[bytes, str, int]:
+        return (space, self._names[leaf[0]], leaf[1])
+
+    def _compute(
+        self, call: Call, space: bytes, keys: Sequence[bytes], missing: Sequence[int]
+    ) -> dict[Leaf, Tensor]:
+        """Run the frozen part for the missing samples, and keep what it gives."""
+        if not missing:
+            return {}
+        assert self.fit is not None
+        found = self.replayed.collect(call, missing, self.keeps)
+        self._outputs[space] = found.outputs
+        each = found.seconds / len(missing)
+        self._per_row = min(self._per_row or each, each)
+        kept = [keys[row] for row in missing]
+        # what is needed now comes first where there isn't room for all
+        for leaf in self._in_order(found.values):
+            value = found.values[leaf]
+            if self.full or not value.dim() or value.shape[0] != len(missing):
+                continue
+            try:
+                self.store.put(self._place(space, leaf), kept, value)
+            except Full:
+                self.full = True
+        return {leaf: found.values[leaf] for leaf in self.fit.needed}
+
+    def _in_order(self, values: dict[Leaf, Tensor]) -> list[Leaf]:
+        """What is needed now, then what later stages will need, as far as all samples of it fit."""
+        assert self.fit is not None
+        needed = sorted(self.fit.needed)
+        if self._chosen is None:
+            samples = self._samples(self.fit.rows)
+            room = self.store.max_bytes - samples * sum(self._size(values[leaf]) for leaf in needed)
+            chosen = []
+            for leaf in self._later:
+                size = self._size(values[leaf]) if leaf in values else 0
+                if not size or samples * size > room:
+                    break
+                room -= samples * size
+                chosen.append(leaf)
+            self._chosen = frozenset(chosen)
+        return needed + [leaf for leaf in self._later if leaf in self._chosen - self.fit.needed]
+
+    def _size(self, value: Tensor) -> int:
+        each = value[0].numel() if value.dim() and len(value) else 0
+        return each * (self.store.dtype or value.dtype).itemsize + ENTRY
+
+    def _values(
+        self,
+        call: Call,
+        space: bytes,
+        keys: Sequence[bytes],
+        missing: Sequence[int],
+        fresh: dict[Leaf, Tensor],
+    ) -> dict[Leaf, Tensor]:
+        assert self.fit is not None
+        if len(missing) == call.rows:
+            return fresh
+        absent = set(missing)
+        there = [row for row in range(call.rows) if row not in absent]
+        found = {}
+        for leaf in self.fit.needed:
+            layout = self._outputs[space][leaf[0]].leaves[leaf[1]]
+            place = self._place(space, leaf)
+            stored = self.store.get(place, [keys[i] for i in there], layout.dtype, layout.device)
+            if missing:
+                whole = stored.new_empty((call.rows, *stored.shape[1:]))
+                whole[torch.tensor(there, device=whole.device)] = stored
+                whole[torch.tensor(missing, device=whole.device)] = fresh[leaf]
+                stored = whole
+            found[leaf] = stored
+        return found
+
+    def _shaped(self, space: bytes, call: Call) -> dict[int, Output]:
+        """What skipped calls return, for this number of samples."""
+        assert self.fit is not None
+        found = {}
+        for number, output in self._outputs[space].items():
+            leaves = []
+            for position, leaf in enumerate(output.leaves):
+                if isinstance(leaf, Layout) and (number, position) in self.fit.by_row:
+                    shape = torch.Size((call.rows, *leaf.shape[1:]))
+                    leaf = Layout(shape, leaf.dtype, leaf.device)
+                leaves.append(leaf)
+            found[number] = Output(output.spec, tuple(leaves))
+        return found
+
+    def _verify(self, call: Call, values: dict[Leaf, Tensor]) -> None:
+        if not self._unverified or self.store.dtype is not None:
+            return
+        self._unverified = False
+        assert self.fit is not None
+        now = self.replayed.collect(call, range(call.rows), self.fit.needed)
+        for leaf, value in values.items():
+            if not close(value, now.values[leaf]):
+                self.store.clear()
+                raise SkippedActivation("the frozen part gives something else now", frozenset())
+
+
+def _because(error: Exception) -> str:
+    if isinstance(error, SkippedActivation):
+        return f"activations that were left out are used: {error}"
+    if isinstance(error, OSError):
+        return f"its file can't be written: {error.strerror}"
+    return f"leaving the frozen part out fails with {type(error).__name__}: {error}"
