@@ -17,7 +17,6 @@ from torch.nn.modules import module as torch_modules
 
 from lightning_freeze.audit.moods import minds_its_mode
 
-
 Trains = Callable[[nn.Parameter], bool]
 
 
@@ -106,11 +105,6 @@ def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, st
         scope = _common(top, nodes)
         assert scope.module is not None
         modules = tuple(node.module for node in nodes if node.module is not None)
-        called = [node.module for node in scope.walk()]
-        twice = next((m for m in modules if called.count(m) > 1), None)
-        if twice is not None:
-            reason = f"a frozen {type(twice).__name__} is called several times in one call"
-            continue
         if best is None or seconds > best.seconds:
             best = Prefix(scope.module, modules, seconds)
     return best, "" if best else reason

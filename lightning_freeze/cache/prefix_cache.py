@@ -124,8 +124,14 @@ class PrefixCache:
                 self._leave(str(found))
             else:
                 self.fit = found
+                self._make_room()
             return result
         return self._cached(call)
+
+    def _make_room(self) -> None:
+        """Drop what only an earlier stage needed."""
+        kept = {(self._names[number], leaf) for number, leaf in self.keeps}
+        self.store.keep(lambda place: place[1:] in kept)
 
     def _forget(self) -> None:
         self.store.clear()
@@ -153,7 +159,6 @@ class PrefixCache:
                 values = self._values(call, space, keys, missing, fresh)
                 if not missing:
                     self._verify(call, values)
-                undo()
                 looked = time.perf_counter()
                 result = self.replayed.replay(call, self._shaped(space, call), values)
             except Exception as error:

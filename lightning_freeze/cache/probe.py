@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_freeze.cache.calls import foreign_hooks
 from lightning_freeze.cache.keys import Call
-from lightning_freeze.cache.replay import Output, Replay, undone
+from lightning_freeze.cache.replay import Output, Replay, aside, undone
 from lightning_freeze.cache.skipped import Leaf, SkippedActivation
 
 _MOST_OUTPUTS = 8
@@ -51,11 +51,11 @@ class Fit:
     rows: int
 
 
-class _Births(TorchDispatchMode):
+class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the tensors that are made while a skipped call runs."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.inside = False
         self.made: list[weakref.ref[Tensor]] = []
 
@@ -71,22 +71,23 @@ class _Births(TorchDispatchMode):
 class _Watch:
     """Keeps what skipped calls return in a real call, and what changes while they run."""
 
-    def __init__(self, scope: nn.Module) -> None:
-        self.scope = scope
+    def __init__(self, replay: Replay) -> None:
+        self.scope = replay.prefix.scope
+        self.modules = replay.modules
         self.births = _Births()
         self.outputs: dict[int, Output] = {}
         self.values: dict[Leaf, Tensor] = {}
         self.random: list[Any] = []
 
     def __call__(self, number: int, original: Any, arguments: Any) -> Any:
-        module = original.__self__ if hasattr(original, "__self__") else None
-        before = None if module is None else _state(module)
+        module = self.modules[number]
+        before = _state(module)
         self.births.inside = True
         try:
             result = original(*arguments[0], **arguments[1])
         finally:
             self.births.inside = False
-        if before is not None and before != _state(module):
+        if before != _state(module):
             raise Unfit(f"a frozen {type(module).__name__} changes itself as it is called")
         self.outputs[number], leaves = Output.of(result)
         for position, leaf in enumerate(leaves):
@@ -110,8 +111,9 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
     scope = replay.prefix.scope
     if any(foreign_hooks(module) for module in scope.modules()):
         return replay.plain(call), Unfit(f"there are hooks on layers in {type(scope).__name__}")
-    watch = _Watch(scope)
-    versions = [leaf._version for leaf in call.leaves if isinstance(leaf, Tensor)]
+    watch = _Watch(replay)
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+    versions = [tensor._version for tensor in tensors]
     random = _random(scope)
     with undone(scope) as undo:
         try:
@@ -120,38 +122,27 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
         except Unfit as unfit:
             undo()
             return replay.plain(call), unfit
-        after = _Once(scope)
-        try:
-            if versions != [leaf._version for leaf in call.leaves if isinstance(leaf, Tensor)]:
-                raise Unfit("the frozen part changes its input in place")
-            if watch.random != random:
-                raise Unfit("the frozen part draws random numbers")
-            fit = _find(replay, call, watch, result, undo)
-        except Unfit as unfit:
-            return result, unfit
-        finally:
-            after.restore()
-    return result, fit
+    try:
+        if versions != [tensor._version for tensor in tensors]:
+            raise Unfit("the frozen part changes its input in place")
+        if watch.random != random:
+            raise Unfit("the frozen part draws random numbers")
+        return result, _find(replay, call, watch, result, random)
+    except Unfit as unfit:
+        return result, unfit
 
 
-class _Once:
-    """Random generators and buffers as they are after the real call, to be put back."""
-
-    def __init__(self, scope: nn.Module) -> None:
-        self._context = undone(scope)
-        self.restore = self._context.__enter__()
-
-
-def _find(replay: Replay, call: Call, watch: _Watch, real: Any, undo: Any) -> Fit:
+def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any]) -> Fit:
     by_row = frozenset(
         leaf for leaf, value in watch.values.items() if value.dim() and value.shape[0] == call.rows
     )
     needed: frozenset[Leaf] = frozenset()
     while True:
-        undo()
         values = {leaf: watch.values[leaf].clone() for leaf in needed}
         try:
-            result = replay.replay(call, watch.outputs, values)
+            with aside(replay.prefix.scope):
+                _set_random(replay.prefix.scope, random)
+                result = replay.replay(call, watch.outputs, values)
             break
         except SkippedActivation as missed:
             more = missed.leaves - needed
@@ -215,7 +206,8 @@ def _place(tensor: Tensor) -> int:
 def _check_rows(replay: Replay, call: Call, watch: _Watch, needed: frozenset[Leaf]) -> None:
     rows = list(range(1, call.rows, 2)) if call.rows > 2 else [1]
     try:
-        alone = replay.collect(call, rows, needed)
+        with aside(replay.prefix.scope):
+            alone = replay.collect(call, rows, needed)
     except Exception as error:
         raise Unfit(f"it can't run for some samples alone: {error}") from None
     for leaf in needed:
@@ -251,13 +243,18 @@ def _same(one: Any, other: Any, depth: int = 4) -> bool:
         elif isinstance(a, _PLAIN):
             if a != b:
                 return False
-        elif not depth or not hasattr(a, "__dict__"):
-            return a is b
-        elif vars(a).keys() != vars(b).keys():
-            return False
-        elif not all(_same(vars(a)[key], vars(b)[key], depth - 1) for key in vars(a)):
+        elif not _same_attributes(a, b, depth):
             return False
     return True
+
+
+def _same_attributes(one: Any, other: Any, depth: int) -> bool:
+    if not depth or not hasattr(one, "__dict__"):
+        return one is other
+    left, right = vars(one), vars(other)
+    return left.keys() == right.keys() and all(
+        _same(left[key], right[key], depth - 1) for key in left
+    )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -281,5 +278,15 @@ def _state(module: nn.Module) -> list[Any]:
 
 def _random(module: nn.Module) -> list[Any]:
     state = [torch.get_rng_state().numpy().tobytes()]
-    devices = sorted({p.device.index for p in module.parameters() if p.is_cuda})
-    return state + [torch.cuda.get_rng_state(device).numpy().tobytes() for device in devices]
+    return state + [torch.cuda.get_rng_state(d).numpy().tobytes() for d in _devices(module)]
+
+
+def _set_random(module: nn.Module, state: list[Any]) -> None:
+    here, *there = (torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in state)
+    torch.set_rng_state(here)
+    for device, one in zip(_devices(module), there):
+        torch.cuda.set_rng_state(one, device)
+
+
+def _devices(module: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in module.parameters() if p.is_cuda})

@@ -90,10 +90,10 @@ class Replay:
 
     def install(self, handler: Callable[..., Any]) -> None:
         """Have the scope's calls go to `handler(*args, **kwargs)`."""
-        for number, module in enumerate(self.modules):
+        for module in dict.fromkeys(self.modules):
             self._originals[id(module)] = module.forward
             if module is not self.prefix.scope:
-                module.__dict__["forward"] = self._standing_in(number, module.forward)
+                module.__dict__["forward"] = self._standing_in(module, module.forward)
                 self._kept.append(module)
         scope = self.prefix.scope
         self._originals[id(scope)] = original = scope.forward
@@ -116,13 +116,22 @@ class Replay:
                 module.__dict__["forward"] = original
         self._kept = []
 
-    def _standing_in(self, number: int, original: Callable[..., Any]) -> Callable[..., Any]:
+    def _standing_in(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        inner = None if module in self.prefix.skipped else self.modules.index(module)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self._mode == REPLAY and number < self._skipped:
-                return self._answer(number, args, kwargs)
-            if self._mode == PLAIN:
+            # behind the prefix a module that is called again is called as it is
+            if self._mode == PLAIN or self._next == self._skipped:
                 return original(*args, **kwargs)
-            return self._seen(number, original, args, kwargs)
+            if inner is not None:
+                if self._mode == COLLECT and self._watch is None:
+                    return self._seen(inner, original, args, kwargs)
+                return original(*args, **kwargs)
+            if module is not self.prefix.skipped[self._next]:
+                raise SkippedActivation("layers are called in another order", frozenset())
+            if self._mode == REPLAY:
+                return self._answer(args, kwargs)
+            return self._seen(self._next, original, args, kwargs)
 
         return forward
 
@@ -196,14 +205,13 @@ class Replay:
         self._answers = {
             number: _answer(number, output, values) for number, output in outputs.items()
         }
-        self._next = 0
         Skipped.births = made
         made += [weakref.ref(stand_in) for stand_in in stand_ins(list(self._answers.values()))]
         args, kwargs = call.take(range(call.rows))
         try:
             with self._in(REPLAY):
                 if self.whole:
-                    result = self._answer(0, args, kwargs)
+                    result = self._answer(args, kwargs)
                 else:
                     result = self._original(*args, **kwargs)
         finally:
@@ -219,15 +227,14 @@ class Replay:
 
     @contextmanager
     def _in(self, mode: str) -> Iterator[None]:
-        before, self._mode = self._mode, mode
+        self._mode, self._next = mode, 0
         try:
             yield
         finally:
-            self._mode = before
+            self._mode = PLAIN
 
-    def _answer(self, number: int, args: Any, kwargs: Any) -> Any:
-        if number != self._next:
-            raise SkippedActivation("layers are called in another order", frozenset())
+    def _answer(self, args: Any, kwargs: Any) -> Any:
+        number = self._next
         self._next += 1
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
@@ -236,9 +243,9 @@ class Replay:
 
     def _seen(self, number: int, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._watch is not None:
-            if number >= self._skipped:
-                return original(*args, **kwargs)
-            return self._watch(number, original, (args, kwargs))
+            result = self._watch(number, original, (args, kwargs))
+            self._next += 1
+            return result
         result = original(*args, **kwargs)
         output, leaves = Output.of(result)
         found = self._collected
@@ -251,6 +258,8 @@ class Replay:
                 raise SkippedActivation("a frozen layer's output needs a gradient", frozenset())
             if (number, position) in self._wanted:
                 found.values[number, position] = leaf
+        if number < self._skipped:
+            self._next += 1
         if number == self._skipped - 1:
             raise _Enough
         return result
@@ -291,3 +300,22 @@ def undone(scope: nn.Module) -> Iterator[Callable[[], None]]:
                 buffer.copy_(copy)
 
     yield undo
+
+
+@contextmanager
+def aside(scope: nn.Module) -> Iterator[None]:
+    """Calls in the block draw from other random generators and write to other buffers.
+
+    The buffers themselves stay as they are, to the version: a graph may have saved them.
+    """
+    devices = sorted({p.device.index for p in scope.parameters() if p.is_cuda})
+    buffers = [(module, dict(module._buffers)) for module in scope.modules() if module.training]
+    with torch.random.fork_rng(devices):
+        for module, own in buffers:
+            for name, buffer in own.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+        try:
+            yield
+        finally:
+            for module, own in buffers:
+                module._buffers.update(own)

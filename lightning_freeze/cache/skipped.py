@@ -70,7 +70,7 @@ class Skipped(Tensor):
     @staticmethod
     def __new__(cls, meta: Tensor, device: torch.device, leaves: frozenset[Leaf]) -> Skipped:
         """Wrap a meta tensor, as if it were on `device`."""
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(
             cls,
             meta.shape,
             strides=meta.stride(),
@@ -90,7 +90,7 @@ class Skipped(Tensor):
         meta = torch.empty(layout.shape, dtype=layout.dtype, device="meta")
         return cls(meta, layout.device, frozenset({leaf}))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Skipped({tuple(self.shape)}, {self.dtype})"
 
     def tolist(self) -> Any:
@@ -106,7 +106,7 @@ class Skipped(Tensor):
         raise SkippedActivation("data_ptr", self.leaves)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Union
@@ -180,9 +180,9 @@ class RowStore:
                 found[position] = shelf.chunks[chunk][row]
         return found.to(device=device, dtype=dtype)
 
-    def drop(self, spaces: Collection[Any]) -> None:
-        """Forget all rows of some spaces."""
-        for space in [space for space in self._shelves if space in spaces]:
+    def keep(self, wanted: Callable[[Any], bool]) -> None:
+        """Forget the rows of all spaces but some."""
+        for space in [space for space in self._shelves if not wanted(space)]:
             shelf = self._shelves.pop(space)
             self.nbytes -= sum(len(chunk) * (shelf.size + ENTRY) for chunk in shelf.chunks)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Optional, Union
@@ -261,13 +260,19 @@ class _Run:
         if self._tree is None or session is None or session.index is None:
             return []
         found: dict[nn.Module, None] = {}
-        name_of = session.index.name_of
+        parameters = session.index.parameters
         for frozen in session.upcoming():
-            then, _ = find_prefix(self._tree, lambda p: name_of.get(id(p)) not in frozen)
+            still = {id(parameters[name]) for name in frozen}
+
+            def trains(parameter: nn.Parameter, still: set[int] = still) -> bool:
+                return id(parameter) not in still
+
+            then, _ = find_prefix(self._tree, trains)
             if then is not None and then.scope is now.scope:
                 found[then.skipped[-1]] = None
         found.pop(now.skipped[-1], None)
-        return list(found)
+        called = [node.module for node in self._tree.walk()]
+        return [module for module in found if called.count(module) == 1]
 
     def _samples(self, rows: int) -> float:
         """About how many samples an epoch has, of batches of so many rows."""
