@@ -56,15 +56,16 @@ class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.inside = False
-        self.made: list[weakref.ref[Tensor]] = []
+        self.inside: int | None = None
+        self.made: list[tuple[int, weakref.ref[Tensor]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.inside:
-            self.made += [weakref.ref(t) for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if self.inside is not None:
+            made = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+            self.made += [(self.inside, weakref.ref(tensor)) for tensor in made]
         return result
 
 
@@ -82,11 +83,11 @@ class _Watch:
     def __call__(self, number: int, original: Any, arguments: Any) -> Any:
         module = self.modules[number]
         before = _state(module)
-        self.births.inside = True
+        self.births.inside = number
         try:
             result = original(*arguments[0], **arguments[1])
         finally:
-            self.births.inside = False
+            self.births.inside = None
         if before != _state(module):
             raise Unfit(f"a frozen {type(module).__name__} changes itself as it is called")
         self.outputs[number], leaves = Output.of(result)
@@ -136,6 +137,7 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     by_row = frozenset(
         leaf for leaf, value in watch.values.items() if value.dim() and value.shape[0] == call.rows
     )
+    replay.free = frozenset(number for number, _ in watch.values.keys() - by_row)
     needed: frozenset[Leaf] = frozenset()
     while True:
         values = {leaf: watch.values[leaf].clone() for leaf in needed}
@@ -160,34 +162,34 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     if not _same(result, real):
         raise Unfit("leaving it out gives another result")
     del result, values
-    _check_kept(watch, real, needed)
+    _check_kept(watch, real, needed, replay.free)
     if call.rows > 1:
         _check_rows(replay, call, watch, needed)
     return Fit(needed, call.batched, by_row, call.rows)
 
 
-def _check_kept(watch: _Watch, real: Any, needed: Iterable[Leaf]) -> None:
+def _check_kept(watch: _Watch, real: Any, needed: Iterable[Leaf], free: frozenset[int]) -> None:
     """What a skipped layer puts aside wouldn't be there, or would be an earlier batch's."""
     allowed = {_place(leaf) for leaf in tree_leaves(real) if isinstance(leaf, Tensor)}
 
     def kept() -> int:
-        alive = [ref() for ref in watch.births.made]
+        alive = [ref() for number, ref in watch.births.made if number not in free]
         return sum(1 for t in alive if t is not None and _place(t) not in allowed)
 
     # what is needed may be saved for the backward pass of what trains
-    allowed |= watch_places(watch, needed)
+    allowed |= _places(watch, needed)
     if kept():
         gc.collect()
         if kept():
             raise Unfit("activations of frozen layers are kept somewhere")
 
 
-def watch_places(watch: _Watch, needed: Iterable[Leaf]) -> set[Any]:
+def _places(watch: _Watch, needed: Iterable[Leaf]) -> set[Any]:
     """Where the needed outputs of the real call lie, if anything still holds them."""
     found = set()
     for leaf in needed:
         value = watch.values[leaf]
-        for ref in watch.births.made:
+        for _, ref in watch.births.made:
             tensor = ref()
             if (
                 tensor is not None

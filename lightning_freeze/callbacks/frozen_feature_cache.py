@@ -18,6 +18,8 @@ from lightning_freeze.callbacks._session import session_of
 from lightning_freeze.errors import ArgumentError
 
 _SELDOM = 0.1
+# seconds that may be lost before it is a reason
+_LOST = 1.0
 
 
 class FrozenFeatureCache(Callback):
@@ -223,7 +225,9 @@ class _Run:
         self._whole_epochs += 1
         hits = self.stats.hits - self._epoch_hits[0]
         misses = self.stats.misses - self._epoch_hits[1]
-        if self._whole_epochs > 1 and hits < _SELDOM * (hits + misses):
+        if hits and self.stats.seconds_saved < -_LOST:
+            self._aside("looking up takes longer than the frozen layers")
+        elif self._whole_epochs > 1 and hits < _SELDOM * (hits + misses):
             self._aside(
                 f"samples don't come back (hits: {100 * hits / max(1, hits + misses):.0f} %): they "
                 "are augmented at random, padded to other lengths, or there is room for few"
