@@ -93,12 +93,14 @@ def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, st
         trains: whether a parameter trains; that of a later stage may be asked for.
 
     Returns:
-        The prefix, and "" or why there is none although something in front is frozen.
+        The prefix, and why it ends before the first layer that trains, if it does.
     """
     best: Prefix | None = None
-    reason = _reason(root, trains)
+    reason = ""
     for top in root.children:
-        nodes = _leading(top, trains)
+        nodes: list[Node] = []
+        stop = _lead(top, trains, nodes)
+        reason = reason or _reason(stop, trains)
         if not any(_holds_weights(node.module) for node in nodes):
             continue
         seconds = sum(node.seconds for node in nodes)
@@ -107,36 +109,33 @@ def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, st
         modules = tuple(node.module for node in nodes if node.module is not None)
         if best is None or seconds > best.seconds:
             best = Prefix(scope.module, modules, seconds)
-    return best, "" if best else reason
+    return best, reason
 
 
 def _holds_weights(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def _reason(root: Node, trains: Trains) -> str:
-    """Why the first module with frozen weights can't be skipped; "" if it trains."""
-    for node in root.walk():
-        if node.module is None or not _holds_weights(node.module):
-            continue
-        if not any(trains(p) for p in node.module.parameters()):
-            return f"a frozen {type(node.module).__name__}: {obstacle(node.module, trains)}"
-        if any(trains(p) for p in node.module._parameters.values() if p is not None):
-            return ""
-    return ""
-
-
-def _leading(node: Node, trains: Trains) -> list[Node]:
-    """The calls at the beginning of a call that can be skipped."""
+def _lead(node: Node, trains: Trains, found: list[Node]) -> Node | None:
+    """Add the calls at its beginning that can be skipped; returns the first that can't."""
     if obstacle(node.module, trains) is None:
-        return [node]
-    found: list[Node] = []
+        found.append(node)
+        return None
     for child in node.children:
-        inside = _leading(child, trains)
-        found += inside
-        if inside != [child]:
-            break
-    return found
+        stop = _lead(child, trains, found)
+        if stop is not None:
+            return stop
+    return node
+
+
+def _reason(stop: Node | None, trains: Trains) -> str:
+    """Why a prefix ends where it does; "" if something trains there."""
+    if stop is None or stop.module is None:
+        return ""
+    if any(trains(p) for p in stop.module.parameters()):
+        return ""
+    why = obstacle(stop.module, trains)
+    return f"it ends before a {type(stop.module).__name__}, which isn't trained, but {why}"
 
 
 def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> str | None:
@@ -147,12 +146,16 @@ def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> str | None:
         if any(trains(p) for p in inner._parameters.values() if p is not None):
             return "it trains"
         if inner._compiled_call_impl is not None or type(inner).__name__ == "OptimizedModule":
-            return "it is compiled"
+            return f"{_in(inner, module)} is compiled"
         if inner.training and minds_its_mode(inner):
-            return f"a {type(inner).__name__} in it is in train mode"
+            return f"{_in(inner, module)} is in train mode"
         if foreign_hooks(inner):
-            return f"a {type(inner).__name__} in it has hooks"
+            return f"{_in(inner, module)} has hooks"
     return None
+
+
+def _in(inner: nn.Module, module: nn.Module) -> str:
+    return "it" if inner is module else f"a {type(inner).__name__} in it"
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:

@@ -76,6 +76,7 @@ class PrefixCache:
         self.stats = stats
         self.fit: Fit | None = None
         self.full = False
+        self.forgot = False
         self._step_aside = step_aside
         self._samples = samples
         self._chosen: frozenset[Leaf] | None = None
@@ -136,6 +137,7 @@ class PrefixCache:
     def _forget(self) -> None:
         self.store.clear()
         self.full = False
+        self.forgot = True
 
     def _leave(self, reason: str) -> None:
         self._over = True

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_freeze.cache.calls import foreign_hooks
 from lightning_freeze.cache.keys import Call
-from lightning_freeze.cache.replay import Output, Replay, aside, undone
+from lightning_freeze.cache.replay import Output, Replay, aside
 from lightning_freeze.cache.skipped import Leaf, SkippedActivation
 
 _MOST_OUTPUTS = 8
@@ -79,6 +79,7 @@ class _Watch:
         self.outputs: dict[int, Output] = {}
         self.values: dict[Leaf, Tensor] = {}
         self.random: list[Any] = []
+        self.unfit: Unfit | None = None
 
     def __call__(self, number: int, original: Any, arguments: Any) -> Any:
         module = self.modules[number]
@@ -89,18 +90,21 @@ class _Watch:
         finally:
             self.births.inside = None
         if before != _state(module):
-            raise Unfit(f"a frozen {type(module).__name__} changes itself as it is called")
+            self._is(f"a frozen {type(module).__name__} changes itself as it is called")
         self.outputs[number], leaves = Output.of(result)
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
                 if leaf.requires_grad:
-                    raise Unfit(f"the output of a frozen {type(module).__name__} needs a gradient")
+                    self._is(f"the output of a frozen {type(module).__name__} needs a gradient")
                 # what comes next may write to it
                 self.values[number, position] = leaf.detach().clone()
             elif not isinstance(leaf, _PLAIN):
-                raise Unfit(f"a frozen layer returns a {type(leaf).__name__}")
+                self._is(f"a frozen layer returns a {type(leaf).__name__}")
         self.random = _random(self.scope)
         return result
+
+    def _is(self, reason: str) -> None:
+        self.unfit = self.unfit or Unfit(reason)
 
 
 def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
@@ -116,13 +120,10 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
     versions = [tensor._version for tensor in tensors]
     random = _random(scope)
-    with undone(scope) as undo:
-        try:
-            with watch.births:
-                result = replay.watched(call, watch)
-        except Unfit as unfit:
-            undo()
-            return replay.plain(call), unfit
+    with watch.births:
+        result = replay.watched(call, watch)
+    if watch.unfit is not None:
+        return result, watch.unfit
     try:
         if versions != [tensor._version for tensor in tensors]:
             raise Unfit("the frozen part changes its input in place")

@@ -222,7 +222,8 @@ class _Run:
         """Step aside where samples don't come back."""
         if self.cache is None or self.cache.fit is None:
             return
-        self._whole_epochs += 1
+        self._whole_epochs = 0 if self.cache.forgot else self._whole_epochs + 1
+        self.cache.forgot = False
         hits = self.stats.hits - self._epoch_hits[0]
         misses = self.stats.misses - self._epoch_hits[1]
         if hits and self.stats.seconds_saved < -_LOST:
@@ -239,11 +240,12 @@ class _Run:
         if self._tree is None:
             return
         prefix, reason = find_prefix(self._tree)
+        if reason and reason not in self._said:
+            self._said.add(reason)
+            does = "does nothing for now" if prefix is None else "leaves out less than it could"
+            rank_zero_warn(f"FrozenFeatureCache {does}: {reason}.")
         if prefix is None:
             self.stats.skipped = ""
-            if reason and reason not in self._said:
-                self._said.add(reason)
-                rank_zero_warn(f"FrozenFeatureCache does nothing for now: {reason}.")
             return
         later = self._later(prefix)
         self.cache = PrefixCache(
