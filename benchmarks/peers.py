@@ -201,7 +201,9 @@ class Contender:
             trainer.ckpt_path = resume
         elif resume is not None:
             data["ckpt_path"] = resume  # type: ignore[assignment]
-        trainer.fit(net, **data, weights_only=False)  # type: ignore[arg-type]
+        if "weights_only" in inspect.signature(trainer.fit).parameters:  # from Lightning 2.6
+            data["weights_only"] = False  # type: ignore[assignment]
+        trainer.fit(net, **data)  # type: ignore[arg-type]
         return trainer
 
 

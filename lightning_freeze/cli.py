@@ -111,7 +111,7 @@ def _parser() -> ArgumentParser:
 
 
 def _verify(arguments: Any) -> Any:
-    from lightning_freeze.report import write_json
+    from lightning_freeze.files import write_json
     from lightning_freeze.verify.run import verify
 
     base, checkpoint = arguments.base, arguments.checkpoint

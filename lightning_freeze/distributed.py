@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, TypeVar
 
@@ -86,13 +88,82 @@ def rank() -> int:
     return dist.get_rank() if several() else 0
 
 
-def from_all_ranks(item: T) -> list[T]:
-    """One picklable object from each rank, in the order of ranks; a list of one on one process."""
+@dataclass(frozen=True)
+class _Failed:
+    """What a rank sends instead of what the others wait for."""
+
+    text: str
+
+
+def from_all_ranks(item: T, about: str) -> list[T]:
+    """One picklable object from each rank, in the order of ranks; a list of one on one process.
+
+    Args:
+        item: this rank's.
+        about: what it is, in words: ranks that came to different places must not take one
+            another's for it.
+
+    Raises:
+        ConflictError: another rank failed inside `together`, or is at another place.
+    """
     if not several():
         return [item]
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
+    heard: list[Any] = [None] * dist.get_world_size()
+    try:
+        dist.all_gather_object(heard, (about, item))
+    except Exception as error:
+        raise known_to_all(error) from None  # there is nobody left to tell
+    found = [sent for _, sent in heard]
+    for number, sent in enumerate(found):
+        if isinstance(sent, _Failed) and not isinstance(item, _Failed):
+            raise known_to_all(
+                ConflictError(f"Rank {number} can't go on, so no rank does. {sent.text}")
+            )
+    places: dict[str, list[str]] = {}
+    for number, (place, sent) in enumerate(heard):
+        if not isinstance(sent, _Failed):
+            places.setdefault(place, []).append(str(number))
+    if len(places) > 1:
+        where = ", ".join(f"at {place} on {_numbered(ranks)}" for place, ranks in places.items())
+        raise known_to_all(
+            ConflictError(
+                f"The ranks are no longer in step: {where}. One of them was stopped or left "
+                "something out alone, such as by `trainer.should_stop` that isn't set on all of "
+                "them, or by a batch more."
+            )
+        )
     return found
+
+
+@contextmanager
+def together(*, end: bool = True) -> Iterator[None]:
+    """Raise on every rank if one raises inside; else it alone would, and the others wait for it.
+
+    The rank that fails sends its error in place of what the others wait for: that is the next
+    `from_all_ranks` inside, or the one at the end. So nothing else may communicate inside.
+
+    Args:
+        end: whether the ranks wait for each other at the end. Where the inside ends with
+            `from_all_ranks`, and can't fail behind it, they have done so.
+
+    Raises:
+        ConflictError: on the ranks that didn't fail, with what the one that did has raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if several() and not getattr(error, "known_to_all_ranks", False):
+            known_to_all(error)
+            from_all_ranks(_Failed(f"{type(error).__name__}: {error}"), "a failure")
+        raise
+    if end:
+        from_all_ranks(None, "the end of a step that all take")
+
+
+def known_to_all(error: Exception) -> Exception:
+    """Mark an error that every rank raises by itself, or that has been sent: `together` doesn't."""
+    vars(error)["known_to_all_ranks"] = True
+    return error
 
 
 def several() -> bool:
@@ -111,9 +182,9 @@ def agree(told: Mapping[str, str], otherwise: str) -> None:
         ConflictError: with the tensors, and what each rank holds of them.
     """
     short = blake2b(repr(sorted(told.items())).encode(), digest_size=16).digest()
-    if len(set(from_all_ranks(short))) == 1:
+    if len(set(from_all_ranks(short, "the comparison of plans"))) == 1:
         return
-    each = from_all_ranks(dict(told))
+    each = from_all_ranks(dict(told), "plans that differ")
     differing: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for names in each for name in names):
         held: dict[str, list[str]] = {}
@@ -122,11 +193,33 @@ def agree(told: Mapping[str, str], otherwise: str) -> None:
         if len(held) > 1:
             text = ", ".join(f"{what} on {_numbered(ranks)}" for what, ranks in held.items())
             differing.setdefault(text, []).append(name)
-    raise ConflictError(
-        "The ranks don't agree on what trains. "
-        + " ".join(f"{_some(names)} {text}." for text, names in differing.items())
-        + " Give every rank the same callbacks with the same arguments."
+    raise known_to_all(
+        ConflictError(
+            "The ranks don't agree on what trains. "
+            + " ".join(f"{_some(names)} {text}." for text, names in differing.items())
+            + f" {_ADVICE}"
+        )
     )
+
+
+def agree_on_callbacks(mine: str) -> None:
+    """Raise on every rank if other callbacks communicate on one than on another.
+
+    Args:
+        mine: this rank's, in their order.
+
+    Raises:
+        ConflictError: with those of each rank.
+    """
+    each: dict[str, list[str]] = {}
+    for number, theirs in enumerate(from_all_ranks(mine, "the comparison of callbacks")):
+        each.setdefault(theirs, []).append(str(number))
+    if len(each) > 1:
+        told = "; ".join(f"{theirs} on {_numbered(ranks)}" for theirs, ranks in each.items())
+        raise known_to_all(ConflictError(f"The ranks have other callbacks: {told}. {_ADVICE}"))
+
+
+_ADVICE = "Give every rank the same callbacks with the same arguments."
 
 
 def _numbered(ranks: list[str]) -> str:

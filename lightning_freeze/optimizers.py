@@ -177,19 +177,9 @@ class OptimizerGroups:
                     elif key in group:
                         group[key] = value
 
-    def layout(self) -> list[list[int]]:
-        """How many tensors each group of each optimizer holds now."""
-        return [
-            [len(group["params"]) for group in optimizer.param_groups]
-            for optimizer in self.optimizers
-        ]
-
-    def factors(self) -> list[list[float]]:
-        """The factor on the learning rate of each group of each optimizer."""
-        return [
-            [float(group.get(FACTOR, 1.0)) for group in optimizer.param_groups]
-            for optimizer in self.optimizers
-        ]
+    def origins(self) -> list[list[int]]:
+        """The place of the user's group that each group of each optimizer is a part of."""
+        return [list(_splits[optimizer].origin) for optimizer in self.optimizers]
 
 
 def listed(given: Any) -> list[Optimizer]:

@@ -14,6 +14,7 @@ from lightning_freeze.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError, ReinitError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.renewed import remember
 from lightning_freeze.selectors import Selectors, describe, select
 from lightning_freeze.sharded import is_sharded, whole
 
@@ -98,9 +99,12 @@ def reinit_names(
                     init(name, parameter)
             else:
                 _by_model(index, written)
-        changed = [name for name in chosen if fingerprint(chosen[name]) != before[name]]
+        after = {name: fingerprint(parameter) for name, parameter in chosen.items()}
+        changed = [name for name in chosen if after[name] != before[name]]
         sharded = any(is_sharded(parameter) for parameter in chosen.values())
-        if not (any(from_all_ranks(bool(changed))) if sharded else changed):
+        if not (
+            any(from_all_ranks(bool(changed), "re-initialised shards")) if sharded else changed
+        ):
             how = "the model's own init" if init == "model" else f"`{describe(init)}`"
             raise ReinitError(
                 f"Re-initialising changed nothing: {how} left the bytes of all {len(chosen)} "
@@ -115,6 +119,8 @@ def reinit_names(
             for buffer, value in buffers:
                 buffer.copy_(value)
         raise
+    for name, digest in after.items():
+        remember(chosen[name], digest)
 
 
 def check_possible(index: ModelIndex, names: Iterable[str]) -> None:

@@ -1,33 +1,26 @@
-"""Facts -> totals -> text, JSON and pictures."""
+"""Who trains in a model: facts -> totals -> text."""
 
 from __future__ import annotations
 
 import io
-import json
-import math
-import os
-import re
-import sys
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Union
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.layers import LayerGroup, groups_of
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.names import ModelIndex, some
 from lightning_freeze.optimizers import learning_rates, listed, whole_groups
+from lightning_freeze.origin.find import find_origins
+from lightning_freeze.origin.frozen import never_learns
+from lightning_freeze.origin.states import UNKNOWN, Origins
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+_WIDTH = 110
+# with one column more, names should still stand on one line
+_WIDE = 130
 
 
 @dataclass(frozen=True)
@@ -45,6 +38,9 @@ class Row:
         tied_to: its other names, if it has several.
         lr: its learning rate now, None without an optimizer.
         status: "trains", "frozen", or "in no optimizer" (frozen by omission).
+        origin: where its values come from, such as "loaded" or "new"; see `summarize`.
+        checkpoint_key: its name in the checkpoint that it was compared with, or None.
+        origin_detail: what else there is to say of its origin, such as "from bfloat16".
     """
 
     name: str
@@ -57,6 +53,9 @@ class Row:
     tied_to: tuple[str, ...]
     lr: float | None
     status: str
+    origin: str = UNKNOWN
+    checkpoint_key: str | None = None
+    origin_detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,15 @@ class Summary:
         rows: one per tensor.
         title: a line above the table.
         notes: lines below it.
+        buffers: name -> origin, of the buffers that a state dict holds (batch-norm statistics).
+        unused: keys of the checkpoints given as `origin` that the model has no tensor for.
     """
 
     rows: tuple[Row, ...]
     title: str = ""
     notes: tuple[str, ...] = ()
+    buffers: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
     @property
     def trainable(self) -> int:
@@ -91,6 +94,8 @@ class Summary:
             "total": self.total,
             "rows": [asdict(row) for row in self.rows],
             "notes": list(self.notes),
+            "buffers": dict(self.buffers),
+            "unused": list(self.unused),
         }
 
     def to_text(self, by: str = "group") -> str:
@@ -112,27 +117,68 @@ class Summary:
     __repr__ = __str__
 
 
-def summarize(model: nn.Module, optimizer: Any = None) -> Summary:
-    """Who trains in a model, and at which learning rate.
+def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) -> Summary:
+    """Who trains in a model, at which learning rate, and where its values come from.
+
+    The origin of a tensor is one of:
+
+    - "loaded": it has the bytes of the checkpoint (converted exactly, where dtypes differ), or, as
+      long as no file or state dict is given, whoever loaded the model said so;
+    - "changed since": it is in the checkpoint, but has other bytes now, as after training;
+    - "written since": `from_pretrained` loaded it, and something wrote to it later;
+    - "new": it is missing in the checkpoint, so it was newly initialised ("new or written since"
+      where it may have been trained or loaded later);
+    - "re-initialised": by `reinit` or `ReinitTopLayers` ("re-initialised and changed since" where
+      it has other bytes than it was given then);
+    - "other shape": the checkpoint has it in another shape;
+    - "in the checkpoint": name and shape fit, but there are no bytes to compare (meta device,
+      shards, or what transformers puts together from several tensors);
+    - "loaded elsewhere": it isn't in this checkpoint, but `from_pretrained` loaded it;
+    - "unknown".
+
+    A tied tensor is one tensor, with one origin; `tied_to` has its other names.
 
     Args:
-        model: any module.
+        model: any module; it isn't changed.
         optimizer: one, several, or what `configure_optimizers` returns; with them the table has
             learning rates, and tells what requires a gradient but is in no optimizer.
+        origin: what the model was loaded from: a checkpoint (a safetensors file, a state dict's
+            file, a Lightning checkpoint, or a folder of `save_pretrained`; nothing in it is
+            executed), a state dict, what `from_pretrained(..., output_loading_info=True)` or
+            `load_state_dict(..., strict=False)` returned, a list of these, or a dict from the path
+            of a part of the model to one of these. Without it, what the model itself tells:
+            `from_pretrained` leaves marks in a transformers model, and `reinit` a record.
 
     Returns:
         A `Summary`, which prints as a table.
 
+    Raises:
+        ArgumentError: `origin` is none of these, or doesn't tell which part it is about.
+        VerifyError: a checkpoint can't be read, is refused, or is of another model.
+
     Example:
+        >>> import torch
         >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
         >>> _ = model["backbone"].requires_grad_(False)
         >>> summary = summarize(model)
         >>> summary.trainable, summary.total, len(summary.rows)
         (3, 9, 4)
+        >>> pretrained = {"weight": model["backbone"].weight.detach(), "scale": torch.ones(1)}
+        >>> summary = summarize(model, origin={"backbone": pretrained})
+        >>> [row.origin for row in summary.rows], summary.unused
+        (['loaded', 'new', 'unknown', 'unknown'], ('scale',))
     """
     optimizers = None if optimizer is None else listed(optimizer)
     index = ModelIndex.of(model)
-    return Summary(rows_of(index, groups_or_children(index), optimizers))
+    origins = find_origins(index, origin)
+    return Summary(
+        rows_of(index, groups_or_children(index), optimizers, origins),
+        notes=(*origins.notes, *never_learns(index, origins)),
+        buffers={
+            name: found.state for name, found in origins.buffers.items() if found.state != UNKNOWN
+        },
+        unused=origins.unused,
+    )
 
 
 def groups_or_children(index: ModelIndex) -> tuple[LayerGroup, ...]:
@@ -150,8 +196,10 @@ def rows_of(
     index: ModelIndex,
     groups: Iterable[LayerGroup],
     optimizers: Sequence[Optimizer] | None = None,
+    origins: Origins | None = None,
 ) -> tuple[Row, ...]:
     """One row per tensor of an indexed model, layer group by layer group."""
+    come_from = origins or Origins()
     lrs = learning_rates(index, optimizers or ())
     held = {id(p) for o in optimizers or () for params in whole_groups(o) for p in params}
     rows = []
@@ -173,6 +221,9 @@ def rows_of(
                     tied_to=index.aliases.get(name, ()),
                     lr=lrs.get(name),
                     status=status,
+                    origin=come_from[name].state,
+                    checkpoint_key=come_from[name].key,
+                    origin_detail=come_from[name].detail,
                 )
             )
     return tuple(rows)
@@ -185,6 +236,7 @@ def _render(summary: Summary, by: str) -> str:
     first = "layer group" if by == "group" else "parameter"
     table.add_column(first, overflow="fold")
     with_lr = any(row.lr is not None for row in summary.rows)
+    with_origin = any(row.origin != UNKNOWN for row in summary.rows)
     if by == "parameter":
         table.add_column("shape", justify="right")
     table.add_column("parameters", justify="right")
@@ -192,15 +244,20 @@ def _render(summary: Summary, by: str) -> str:
     if with_lr:
         table.add_column("lr", justify="right")
     table.add_column("mode")
+    if with_origin:
+        table.add_column("origin")
     for label, rows in _lines(summary.rows, by):
         cells = [label]
         if by == "parameter":
             cells.append("x".join(map(str, rows[0].shape)) or "scalar")
-        cells += [f"{sum(row.parameters for row in rows):,}", _status(rows)]
+        cells += [f"{sum(row.parameters for row in rows):,}", _counted(row.status for row in rows)]
         if with_lr:
             cells.append(_lrs(rows))
-        table.add_row(*cells, _modes(rows))
-    lines = [to_text(table)]
+        cells.append(_modes(rows))
+        if with_origin:
+            cells.append(_counted(map(_origin if by == "parameter" else _state, rows)))
+        table.add_row(*cells)
+    lines = [to_text(table, _WIDE if with_origin and by == "parameter" else _WIDTH)]
     if by == "group":
         for row in summary.rows:
             if row.tied_to:
@@ -210,10 +267,25 @@ def _render(summary: Summary, by: str) -> str:
         f"{summary.trainable:,} of {summary.total:,} parameters train ({share:.2f} %), "
         f"{sum(row.status == 'trains' for row in summary.rows)} of {len(summary.rows)} tensors."
     )
-    return "\n".join([*lines, *summary.notes])
+    return "\n".join([*lines, *_beside(summary, by), *summary.notes])
 
 
-def to_text(table: Any, width: int = 110) -> str:
+def _beside(summary: Summary, by: str) -> list[str]:
+    """Lines on what a checkpoint holds beside the rows."""
+    lines = []
+    if unused := summary.unused:
+        one = len(unused) == 1
+        what = f"{'1 key' if one else f'{len(unused)} keys'} of the checkpoint"
+        names = some(unused) if by == "group" else ", ".join(unused)
+        lines.append(f"{what} {'isn' if one else 'aren'}'t used: {names}")
+    if buffers := summary.buffers:
+        lines.append(f"Buffers: {_counted(buffers.values(), alone=True)}.")
+        if by == "parameter":
+            lines += [f"  {name}: {state}" for name, state in buffers.items()]
+    return lines
+
+
+def to_text(table: Any, width: int = _WIDTH) -> str:
     """A rich renderable as plain text."""
     from rich.console import Console
 
@@ -232,13 +304,22 @@ def _lines(rows: Sequence[Row], by: str) -> list[tuple[str, list[Row]]]:
     return list(found.items())
 
 
-def _status(rows: Sequence[Row]) -> str:
+def _counted(states: Iterable[str], *, alone: bool = False) -> str:
+    """`12 loaded, 2 new`; a state that all have stands alone."""
     counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.status] = counts.get(row.status, 0) + 1
-    if len(counts) == 1:
+    for state in states:
+        counts[state] = counts.get(state, 0) + 1
+    if len(counts) == 1 and not alone:
         return next(iter(counts))
-    return ", ".join(f"{count} {status}" for status, count in counts.items())
+    return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+
+def _state(row: Row) -> str:
+    return row.origin
+
+
+def _origin(row: Row) -> str:
+    return f"{row.origin} ({row.origin_detail})" if row.origin_detail else row.origin
 
 
 def _lrs(rows: Sequence[Row]) -> str:
@@ -251,120 +332,3 @@ def _lrs(rows: Sequence[Row]) -> str:
 def _modes(rows: Sequence[Row]) -> str:
     modes = {row.training for row in rows}
     return "mixed" if len(modes) > 1 else "train" if modes == {True} else "eval"
-
-
-def write_json(path: Union[str, Path], content: Mapping[str, Any]) -> Path:
-    """Write JSON whole or not at all, as `write_whole` does. NaN and infinities become strings.
-
-    Raises:
-        OSError: the folder can't be written to; an older file at `path` is untouched.
-    """
-    try:
-        text = json.dumps(content, indent=2, allow_nan=False)
-    except ValueError:
-        text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
-    return write_whole(path, (text + "\n").encode())
-
-
-def _without_nan(content: Any) -> Any:
-    """Plain values for JSON, which has no number for NaN and the infinities."""
-    if isinstance(content, float) and not math.isfinite(content):
-        return str(float(content))
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return content
-
-
-def write_whole(path: Union[str, Path], content: bytes) -> Path:
-    """Write a file whole or not at all: to a temporary file beside it, then renamed.
-
-    `~` is the home folder, and a link stays one: what it points to is written. What isn't a file,
-    such as `/dev/stdout` or a pipe, is written to as it is, and never replaced. Temporary files of
-    `path` that killed processes have left are removed.
-    """
-    named = Path(os.path.expanduser(path))
-    stream = _stream_at(named)
-    if stream is not None:
-        with stream:
-            stream.write(content)
-        return named
-    target = Path(os.path.realpath(named))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(target)
-    with _temporary(target) as (handle, temporary):
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    return named
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[tuple[int, str]]:
-    """A new file beside another one, locked until it has its name, so that nobody clears it up."""
-    while True:
-        handle, temporary = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
-        held = None if fcntl is None else os.dup(handle)  # Windows renames no open file
-        if held is None or not _lock(held, wait=True) or os.fstat(held).st_nlink:
-            break
-        os.close(handle)  # cleared up between its making and its locking
-        os.close(held)
-    try:
-        yield handle, temporary
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    finally:
-        if held is not None:
-            os.close(held)
-
-
-def _clear_up(target: Path) -> None:
-    """Remove temporary files of a target that no living process has locked."""
-    ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.part")
-    with suppress(OSError):
-        for name in filter(ours.fullmatch, os.listdir(target.parent)):
-            path = target.parent / name
-            with suppress(OSError), path.open("rb") as file:
-                if _lock(file.fileno(), wait=False):
-                    path.unlink()
-
-
-def _lock(handle: int, *, wait: bool) -> bool:
-    """Lock an open file; False where that is impossible, or another process has locked it."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
-
-
-def _stream_at(path: Path) -> BinaryIO | None:
-    """What to write to where a path isn't that of a file, or of one that is being printed to."""
-    if not path.exists():
-        return None
-    for number, printed in ((1, sys.stdout), (2, sys.stderr)):
-        # its own end of the file, or what is printed later would be written over this
-        if printed is not None and _is_open_as(number, path):
-            printed.flush()
-            return open(number, "wb", closefd=False)
-    return None if path.is_file() else path.open("wb")
-
-
-def _is_open_as(number: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(number), path.stat())
-    except OSError:
-        return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

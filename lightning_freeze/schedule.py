@@ -15,8 +15,9 @@ from lightning_freeze.plan import FreezePlan
 _EXAMPLE = '`{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}`'
 _HOW = (
     f"A schedule maps an epoch to selectors, as in {_EXAMPLE}; a value may also be "
-    '`{"unfreeze": [...], "lr_scale": 0.5}`.'
+    '`{"unfreeze": [...], "lr_scale": 0.5}`. `"freeze": [...]` in it freezes again.'
 )
+_KEYS = {"unfreeze", "freeze", "lr_scale"}
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,15 @@ class Entry:
         at: the epoch (or optimizer step) from which it holds.
         selectors: what to unfreeze.
         lr_scale: factor on the user's learning rate for those.
+        freeze: what to freeze again; before `selectors` unfreeze.
+        scaled: whether the user wrote an `lr_scale`.
     """
 
     at: int
     selectors: tuple[Any, ...]
     lr_scale: float = 1.0
+    freeze: tuple[Any, ...] = ()
+    scaled: bool = field(default=False, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Stage:
     Attributes:
         at: the epoch or optimizer step (counted from 0) at which the stage begins; with a
             metric-driven schedule, the stage's number.
-        trainable: names of all governed parameters that train in it, earlier ones included.
+        trainable: names of all governed parameters that train in it.
     """
 
     at: int
@@ -86,10 +91,13 @@ class UnfreezeSchedule:
         clock = step if self.unit == "step" else epoch
         return max(sum(stage.at <= clock for stage in self.stages) - 1, 0)
 
+    def trainable(self, stage: int) -> frozenset[str]:
+        """What trains in a stage; a number past the last means the last."""
+        return self.stages[min(stage, len(self.stages) - 1)].trainable
+
     def plan(self, stage: int) -> FreezePlan:
         """What this schedule wants in a stage; a number past the last means the last."""
-        stage = min(stage, len(self.stages) - 1)
-        frozen = self.governed - self.stages[stage].trainable
+        frozen = self.governed - self.trainable(stage)
         return FreezePlan(
             frozen=frozen,
             quiet=frozen if self.eval_mode else frozenset(),
@@ -99,56 +107,105 @@ class UnfreezeSchedule:
         )
 
     def tell(self) -> dict[str, str]:
-        """Name -> from when it trains, in words, of all that is governed."""
-        first = {name: stage.at for stage in reversed(self.stages) for name in stage.trainable}
+        """Name -> from when it trains or is frozen again, in words, of all that is governed."""
         unit = "stage" if self.unit == "metric" else self.unit
         told = {}
         for name in self.governed:
-            at = first.get(name)
-            when = f"trains from {unit} {at}" if at else "trains from the start"
-            scale = self.lr_scale.get(name, 1.0)
-            rate = f" at {scale:.6g} of the rate" if scale != 1.0 else ""
-            told[name] = "stays frozen" if at is None else when + rate
+            turns: list[str] = []
+            for stage in self.stages:
+                trains = name in stage.trainable
+                if trains != bool(len(turns) % 2):
+                    what = "trains" if trains else "is frozen"
+                    turns.append(f"{what} from {f'{unit} {stage.at}' if stage.at else 'the start'}")
+            told[name] = " and ".join(turns) + self._rate(name) if turns else "stays frozen"
         return told
+
+    def _rate(self, name: str) -> str:
+        scale = self.lr_scale.get(name, 1.0)
+        return f" at {scale:.6g} of the rate" if scale != 1.0 else ""
+
+    @property
+    def ever(self) -> frozenset[str]:
+        """Names that some stage trains."""
+        return self.governed.intersection(frozenset().union(*(s.trainable for s in self.stages)))
 
     @property
     def never(self) -> frozenset[str]:
         """Names that no stage ever unfreezes."""
-        return self.governed.difference(*(stage.trainable for stage in self.stages))
+        return self.governed - self.ever
+
+    @property
+    def endless(self) -> bool:
+        """Whether stages go on for as long as the run does; `stages` are then the first of them."""
+        return False
+
+    @property
+    def refreezes(self) -> bool:
+        """Whether something that trains is frozen again later."""
+        pairs = zip(self.stages, self.stages[1:])
+        return any(earlier.trainable - later.trainable for earlier, later in pairs)
+
+    def arrivals(self) -> list[frozenset[str]]:
+        """What trains at the start, then what begins to train with each later stage."""
+        pairs = zip(self.stages, self.stages[1:])
+        later = [after.trainable - before.trainable for before, after in pairs]
+        return [self.stages[0].trainable & self.governed, *later]
+
+    def apart(self) -> list[frozenset[str]]:
+        """Sets of names: two names that are in the same ones freeze and unfreeze together."""
+        return [self.plan(number).frozen for number in range(len(self.stages))]
 
 
 def parse_schedule(schedule: Union[Mapping[Any, Any], str, Path]) -> tuple[Entry, ...]:
     """Read a schedule that a user wrote, as a mapping or as the path of a YAML file.
 
     Args:
-        schedule: epoch -> selectors, or epoch -> `{"unfreeze": selectors, "lr_scale": factor}`.
+        schedule: epoch -> selectors, or epoch -> `{"unfreeze": selectors, "freeze": selectors,
+            "lr_scale": factor}`. In one entry `freeze` comes before `unfreeze`, so that
+            `{"freeze": "**", "unfreeze": "layer.11"}` trains that layer alone.
 
     Returns:
         One `Entry` per epoch, sorted.
 
     Raises:
         ScheduleError: an epoch is not a whole number from 0, a value is not selectors, a key is
-            unknown, or one selector is named twice.
+            unknown, or one selector is named twice without being frozen in between.
 
     Example:
-        >>> parse_schedule({1: {"unfreeze": "layer.11", "lr_scale": 0.5}, 0: "classifier"})
-        (Entry(at=0, selectors=('classifier',), lr_scale=1.0), \
-Entry(at=1, selectors=('layer.11',), lr_scale=0.5))
+        >>> for entry in parse_schedule({1: {"freeze": "head", "unfreeze": "body"}, 0: "head"}):
+        ...     print(entry)
+        Entry(at=0, selectors=('head',), lr_scale=1.0, freeze=())
+        Entry(at=1, selectors=('body',), lr_scale=1.0, freeze=('head',))
     """
     origin = "`schedule`"
     if isinstance(schedule, (str, Path)):
         origin = f"The schedule file `{schedule}`"
-        schedule = _read_yaml(Path(schedule))
+        schedule = read_schedule(schedule)
     if not isinstance(schedule, Mapping) or not schedule:
         raise ScheduleError(f"{origin} is {schedule!r}. {_HOW}")
     entries: dict[int, Entry] = {}
-    named: dict[Any, int] = {}
     for key, value in schedule.items():
         at = _whole(key, origin)
         if at in entries:
             raise ScheduleError(f"{origin} names epoch {at} twice. Write one list for it.")
-        entry = _entry(at, value, origin)
+        entries[at] = _entry(at, value, origin)
+    found = tuple(entries[at] for at in sorted(entries))
+    _check_repeats(found, origin)
+    return found
+
+
+def _check_repeats(entries: Sequence[Entry], origin: str) -> None:
+    """One selector twice, or frozen and unfrozen at once, is a slip."""
+    named: dict[Any, int] = {}
+    for entry in entries:
+        at = entry.at
+        if entry.freeze:  # which of the earlier ones it means is known with the model
+            named = {}
         for selector in entry.selectors:
+            if selector in entry.freeze:
+                raise ScheduleError(
+                    f"{origin} freezes and unfreezes `{selector}` at {at}. Leave one of them out."
+                )
             if selector in named:
                 where = "twice at" if named[selector] == at else f"at {named[selector]} and"
                 raise ScheduleError(
@@ -156,23 +213,32 @@ Entry(at=1, selectors=('layer.11',), lr_scale=0.5))
                     "is unfrozen stays so. Name each layer group once."
                 )
             named[selector] = at
-        entries[at] = entry
-    return tuple(entries[at] for at in sorted(entries))
 
 
-def _read_yaml(path: Path) -> Any:
+def read_schedule(path: Union[str, Path]) -> Any:
+    """What stands in a schedule file, not yet checked; a key that stands twice raises."""
+    origin = f"The schedule file `{path}`"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ScheduleError(f"{origin} can't be read: {error.strerror or error}. {_HOW}") from error
+    except UnicodeDecodeError as error:
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
+    return from_yaml(text, origin)
+
+
+def from_yaml(text: str, origin: str = "`schedule`") -> Any:
+    """What a YAML text says, not yet checked.
+
+    Raises:
+        ScheduleError: it isn't YAML, or a key stands twice.
+    """
     import yaml
 
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _strict_loader())
-    except OSError as error:
-        raise ScheduleError(
-            f"The schedule file `{path}` can't be read: {error.strerror or error}. {_HOW}"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ScheduleError(
-            f"The schedule file `{path}` is not valid YAML: {error}. {_HOW}"
-        ) from error
+        return yaml.load(text, _strict_loader())
+    except yaml.YAMLError as error:
+        raise ScheduleError(f"{origin} is not valid YAML: {error}. {_HOW}") from error
 
 
 def _strict_loader() -> Any:
@@ -205,18 +271,29 @@ def _whole(key: Any, origin: str) -> int:
 
 
 def _entry(at: int, value: Any, origin: str) -> Entry:
-    scale: Any = 1.0
-    if isinstance(value, Mapping):
-        unknown = sorted(map(str, set(value) - {"unfreeze", "lr_scale"}))
-        if unknown or "unfreeze" not in value:
-            wrong = f"the unknown key `{unknown[0]}`" if unknown else "no key `unfreeze`"
-            raise ScheduleError(f"{origin} has {wrong} at epoch {at}. {_HOW}")
-        scale = value.get("lr_scale", 1.0)
-        value = value["unfreeze"]
+    if not isinstance(value, Mapping):
+        return Entry(at, _selectors(value, at, origin))
+    unknown = sorted(map(str, set(value) - _KEYS))
+    if unknown or not {"unfreeze", "freeze"}.intersection(value):
+        wrong = f"the unknown key `{unknown[0]}`" if unknown else "no key `unfreeze`"
+        raise ScheduleError(f"{origin} has {wrong} at epoch {at}. {_HOW}")
+    scaled = "lr_scale" in value
+    if scaled and "unfreeze" not in value:
+        raise ScheduleError(
+            f"{origin} has `lr_scale` at epoch {at}, where nothing unfreezes. It is the factor of "
+            "what `unfreeze` names beside it; leave it out."
+        )
     try:
-        factor = positive(scale, f"lr_scale` at epoch {at} of `schedule")
+        factor = positive(value.get("lr_scale", 1.0), f"lr_scale` at epoch {at} of `schedule")
     except ArgumentError as error:
         raise ScheduleError(str(error)) from error
+    chosen, frozen = (
+        _selectors(value[key], at, origin) if key in value else () for key in ("unfreeze", "freeze")
+    )
+    return Entry(at, chosen, factor, frozen, scaled)
+
+
+def _selectors(value: Any, at: int, origin: str) -> tuple[Any, ...]:
     if isinstance(value, str) or callable(value):
         value = [value]
     valid = isinstance(value, Sequence) and value
@@ -231,7 +308,7 @@ def _entry(at: int, value: Any, origin: str) -> Entry:
                     f"{origin} has `{selector}` at epoch {at}, which is not a regular "
                     f"expression: {error}."
                 ) from error
-    return Entry(at, tuple(value), factor)
+    return tuple(value)
 
 
 def from_entries(
@@ -247,14 +324,22 @@ def from_entries(
         select: selector -> names of parameters.
 
     Raises:
-        ScheduleError: an entry unfreezes only what an earlier one did.
+        ScheduleError: an entry unfreezes only what trains already, freezes what doesn't train, or
+            gives what trained before another factor.
     """
     stages: list[Stage] = []
-    trainable: frozenset[str] = frozenset()
-    scale = dict(schedule.lr_scale)
+    given: dict[str, float] = {}
     since: dict[str, tuple[int, Any]] = {}
     for entry in entries:
-        added: set[str] = set()
+        for selector in entry.freeze:
+            again = since.keys() & set(select(selector))
+            if not again:
+                raise ScheduleError(
+                    f"`schedule` freezes `{selector}` at {entry.at}, but nothing of it trains "
+                    "then. Everything is frozen at first; `freeze` is for what was unfrozen before."
+                )
+            for name in again:
+                del since[name]
         for selector in entry.selectors:
             chosen = set(select(selector))
             if chosen <= since.keys():
@@ -263,16 +348,27 @@ def from_entries(
                     f"`schedule` unfreezes `{selector}` at {entry.at}, but it trains since {at} "
                     f"(`{by}`). Schedules are cumulative: name each layer group once."
                 )
-            new = chosen - since.keys()
-            since.update(dict.fromkeys(new, (entry.at, selector)))
-            added |= new
-        for name in added:
-            scale[name] = scale.get(name, 1.0) * entry.lr_scale
-        trainable |= added
-        stages.append(Stage(entry.at, trainable))
+            for name in chosen - since.keys():
+                since[name] = (entry.at, selector)
+                _set_factor(given, name, entry)
+        stages.append(Stage(entry.at, frozenset(since)))
     if stages and stages[0].at > 0:
         stages.insert(0, Stage(0, frozenset()))
-    return replace(schedule, stages=tuple(stages), lr_scale=scale, claimed=trainable)
+    scale = dict(schedule.lr_scale)
+    for name, factor in given.items():
+        scale[name] = scale.get(name, 1.0) * factor
+    return replace(schedule, stages=tuple(stages), lr_scale=scale, claimed=frozenset(given))
+
+
+def _set_factor(given: dict[str, float], name: str, entry: Entry) -> None:
+    if name not in given:
+        given[name] = entry.lr_scale
+    elif entry.scaled and entry.lr_scale != given[name]:
+        raise ScheduleError(
+            f"`schedule` gives `{name}` the `lr_scale` {entry.lr_scale:.6g} at {entry.at}, but it "
+            f"trained with {given[name]:.6g} before. The factor of a layer is one for the whole "
+            "fit, so that your scheduler goes on: write the same, or leave it out."
+        )
 
 
 def from_groups(

@@ -1,9 +1,10 @@
 """Selectors -> parameter names.
 
 A selector is a module or parameter path, a glob over whole path components (`*` spans one,
-`**` any number), `re:` and a regular expression that is searched in the full name, or a callable
-``(name, parameter) -> bool``. Paths and globs may start at the model, at the model that a
-LightningModule wraps, or anywhere inside if that is one place only.
+`**` any number), `re:` and a regular expression that is searched in the full name, `type:` and the
+name of a module's class (`type:LayerNorm`; subclasses count, `*` is any text, `|` stands between
+alternatives), or a callable ``(name, parameter) -> bool``. Paths and globs may start at the model,
+at the model that a LightningModule wraps, or anywhere inside if that is one place only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 from typing import Any, Union
 
 from torch import nn
@@ -102,11 +104,30 @@ def _match(index: ModelIndex, selector: Selector) -> list[str]:
         if hits:
             return hits
         raise SelectorError(f"No parameter name holds `{selector}`. {_top_level(index)}")
+    if selector.startswith("type:"):
+        return _match_type(index, selector)
     for spelling in _spellings(selector):
         hits = _match_path(index, spelling)
         if hits:
             return hits
     raise _nothing(index, selector)
+
+
+def _match_type(index: ModelIndex, selector: str) -> list[str]:
+    """All that hangs from modules of some classes, by the names of these and of their bases."""
+    wanted = [text.strip() for text in selector[5:].split("|")]
+    found: dict[str, None] = {}
+    for path, module in index.modules.items():
+        kinds = [base.__name__ for base in type(module).__mro__]
+        if path and any(fnmatchcase(kind, text) for kind in kinds for text in wanted):
+            found.update(dict.fromkeys(n for n in index.canonical if n.startswith(f"{path}.")))
+    if found:
+        return list(found)
+    kinds = sorted({type(m).__name__ for path, m in index.modules.items() if index.within(m)})
+    raise SelectorError(
+        f"No module with parameters is of the class that `{selector}` names. Classes that exist: "
+        f"{some(kinds, 12)}."
+    )
 
 
 def describe(selector: str | Callable[..., Any]) -> str:

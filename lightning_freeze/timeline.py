@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Union
 
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.report import write_whole
+from lightning_freeze.files import write_whole
 
 _FROZEN = "#e4e4e4"
 
@@ -32,6 +32,13 @@ class Moment:
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {**asdict(self), "lr": dict(self.lr)}
+
+    @classmethod
+    def read(cls, saved: Iterable[Mapping[str, Any]]) -> list[Moment]:
+        """Moments from plain values; what another version wrote otherwise is left out."""
+        needed = [field.name for field in fields(cls)]
+        whole = [moment for moment in saved if all(name in moment for name in needed)]
+        return [cls(**{name: moment[name] for name in needed}) for moment in whole]
 
 
 def plot_timeline(

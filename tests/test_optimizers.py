@@ -11,6 +11,7 @@ from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, SequentialLR, StepLR
 
 from lightning_freeze.errors import UnsupportedError
+from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import (
     OptimizerGroups,
@@ -65,7 +66,7 @@ def test_one_group_is_split_per_layer_group() -> None:
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.01}
     assert {g["momentum"] for g in optimizer.param_groups} == {0.9}
     assert groups.held == set(NAMES)
-    assert groups.layout() == [[2, 2, 2]]
+    assert Layout.of(groups).counts == [[2, 2, 2]]
 
 
 def test_the_users_groups_keep_their_options() -> None:
@@ -170,9 +171,9 @@ def test_several_optimizers_are_split_each() -> None:
     first = SGD(model["low"].parameters(), lr=0.1)
     second = AdamW([*model["high"].parameters(), *model["head"].parameters()], lr=0.2)
     groups = split(model, first, second)
-    assert groups.layout() == [[2], [2, 2]]
+    assert Layout.of(groups).counts == [[2], [2, 2]]
     groups.sync(LOW)
-    assert groups.layout() == [[0], [2, 2]]
+    assert Layout.of(groups).counts == [[0], [2, 2]]
     assert learning_rates(groups.index, [first, second])["low.weight"] == 0.1
     assert learning_rates(groups.index, [first, second])["head.bias"] == 0.2
 

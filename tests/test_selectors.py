@@ -225,3 +225,37 @@ def test_a_path_selects_exactly_what_begins_with_its_components(parts: list[str]
 def test_every_parameter_name_selects_itself_alone(name: str) -> None:
     assert select(INDEX, name) == (name,)
     assert select(LIT, name) == (f"model.{name}",)
+
+
+# By class
+
+
+def test_a_class_selects_all_that_hangs_from_its_modules() -> None:
+    found = select(INDEX, "type:LayerNorm")
+    assert found == tuple(name for name in INDEX.parameters if "LayerNorm" in name)
+    assert select(LIT, "type:LayerNorm") == tuple(f"model.{name}" for name in found)
+    assert select(INDEX, "type:BertPooler") == under("bert.pooler")
+
+
+def test_a_class_may_be_a_base_class_a_glob_or_one_of_several() -> None:
+    norms = nn.ModuleDict({"a": nn.BatchNorm2d(2), "b": nn.SyncBatchNorm(2), "c": nn.LayerNorm(2)})
+    index = ModelIndex.of(norms)
+    batch = ("a.weight", "a.bias", "b.weight", "b.bias")
+    assert select(index, "type:_BatchNorm") == select(index, "type:*BatchNorm*") == batch
+    assert select(index, "type:BatchNorm2d | LayerNorm") == (*batch[:2], "c.weight", "c.bias")
+    assert select(index, ["type:LayerNorm", "a.bias"]) == ("a.bias", "c.weight", "c.bias")
+
+
+def test_a_tied_tensor_is_selected_by_the_class_of_any_holder() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(3, 2), "out": nn.Linear(2, 3)})
+    model["out"].weight = model["embed"].weight
+    assert select(ModelIndex.of(model), "type:Linear") == ("embed.weight", "out.bias")
+
+
+def test_a_class_that_is_not_there_is_answered_with_those_that_are() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    message = r"No module with parameters is of the class that `type:BatchNorm1d` names. Classes th"
+    with pytest.raises(SelectorError, match=message + r"at exist: Linear, Sequential\."):
+        select(ModelIndex.of(model), "type:BatchNorm1d")
+    with pytest.raises(SelectorError, match="`type:ReLU` names"):
+        select(ModelIndex.of(model), "type:ReLU")

@@ -23,7 +23,7 @@ class Record:
 
     Attributes:
         findings: in the order in which they were found.
-        moments: who trained when.
+        moments: who trained when; after very many changes one an epoch (see `fold`).
         groups: the layer groups, bottom to top.
         checks: how often everything was compared.
         checked: when that was done last, as ISO 8601.
@@ -89,6 +89,18 @@ class Record:
             self.moments[-1] = moment
         else:
             self.moments.append(moment)
+
+    def fold(self, moment: Moment) -> None:
+        """Take down a moment in the last one of its epoch: what trained at any time in it."""
+        last = self.moments[-1]
+        if last.epoch != moment.epoch:
+            self.moments.append(moment)
+            return
+        lrs = {
+            group: max((lr for lr in (old, moment.lr.get(group)) if lr is not None), default=None)
+            for group, old in last.lr.items()
+        }
+        self.moments[-1] = replace(last, lr=lrs)
 
     def peak(self, lr: Mapping[str, float | None]) -> None:
         """Raise the learning rates of the last moment: a warm-up begins at zero."""

@@ -106,6 +106,7 @@ class AuditRun:
             index.name_of[key] for key in held_by(optimizers()) if key in index.name_of
         )
         self._frozen_first = declared.frozen
+        self._frozen_always = declared.frozen
         self._managed = managed
         self._without: Optimizer | None = None
         self._updating = False
@@ -167,6 +168,7 @@ class AuditRun:
     def declare(self, declared: Declared, now: Moment) -> None:
         """Something froze or unfroze."""
         self.ledger.declare(declared, now)
+        self._frozen_always &= declared.frozen
         self._hunted = frozenset()
         self._lively = None
         self._stop_probe()
@@ -327,9 +329,7 @@ class AuditRun:
             item
             if item.since is not None or item.code not in _DATED
             else replace(item, since=self._compared)
-            for item in self.ledger.check(
-                self.scene, flags=flags, always=self._frozen_first & self.ledger.declared.frozen
-            )
+            for item in self.ledger.check(self.scene, flags=flags, always=self._frozen_always)
         ]
         # what a slice showed is part of what all of them show
         seen = [item for item in self._queue if not any(_covers(one, item) for one in found)]

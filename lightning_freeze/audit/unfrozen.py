@@ -91,6 +91,8 @@ class Movement:
         ]
         self._began = Baseline.of(waiting, now, self._began)
         self._before[now[1]] = dict(self._steps)
+        waits = {step for _, step in self._began.since}
+        self._before = {step: counts for step, counts in self._before.items() if step in waits}
         self._looked = self._most()
 
     def step(self, optimizer: Optimizer) -> None:

@@ -8,8 +8,14 @@ from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._session import Session
 from lightning_freeze.optimizers import learning_rates
+from lightning_freeze.origin.find import find_origins
+from lightning_freeze.origin.frozen import never_learns
+from lightning_freeze.origin.states import Origins
 from lightning_freeze.report import Summary, rows_of
 from lightning_freeze.timeline import Moment
+
+# moments that are kept one by one; behind them one an epoch
+_MOST = 1000
 
 
 class Chronicle:
@@ -25,11 +31,17 @@ class Chronicle:
         self._record = record
         self._table = table
         self._log_metrics = log_metrics
+        self._shown = False
 
     def change(self, trainer: Trainer, session: Session, run: AuditRun) -> None:
-        """Take down, show and log who trains from now on."""
+        """Take down, show and log who trains from now on.
+
+        Where layers are drawn without end, only the first table is shown.
+        """
         self.take_down(trainer, run)
-        if self._table and trainer.is_global_zero:
+        endless = any(schedule.endless for schedule in session.schedules.values())
+        if self._table and trainer.is_global_zero and not (endless and self._shown):
+            self._shown = True
             when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
             print(f"\n{self._summary(trainer, session, run, when)}\n", flush=True)
         if self._log_metrics and trainer.loggers and trainer.is_global_zero:
@@ -37,8 +49,11 @@ class Chronicle:
 
     def take_down(self, trainer: Trainer, run: AuditRun) -> None:
         """Take down a moment."""
-        lrs = self._lrs(trainer, run)
-        self._record.add(Moment(trainer.current_epoch, trainer.global_step, lrs))
+        moment = Moment(trainer.current_epoch, trainer.global_step, self._lrs(trainer, run))
+        if len(self._record.moments) < _MOST:
+            self._record.add(moment)
+        else:
+            self._record.fold(moment)
 
     def end_epoch(self, trainer: Trainer, run: AuditRun) -> None:
         """Raise the last moment's learning rates to those of its epoch's end."""
@@ -55,8 +70,14 @@ class Chronicle:
         return now
 
     def _summary(self, trainer: Trainer, session: Session, run: AuditRun, title: str) -> Summary:
-        rows = rows_of(run.ledger.index, self._record.groups, trainer.optimizers)
-        notes: list[str] = []
+        index = run.ledger.index
+        # later, weights are restored or trained; several ranks have written to each other's
+        begins = not trainer.global_step and trainer.ckpt_path is None
+        origins = find_origins(index) if begins else Origins()
+        shown = origins if trainer.world_size == 1 else None
+        rows = rows_of(index, self._record.groups, trainer.optimizers, shown)
+        later = (stage.trainable for s in session.schedules.values() for stage in s.stages)
+        notes = never_learns(index, origins, frozenset().union(*later))
         applier = session.applier
         if applier is not None and applier.woken and not trainer.global_step:
             woken = applier.woken

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
+from lightning_freeze.distributed import together
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.selectors import Selector, describe
 
@@ -32,6 +33,12 @@ class FreezingCallback(_session.Freezing):
         """For pickling and copying: without the fit that it takes part in."""
         return {**vars(self), "_session": None}
 
+    def goes_on(self, trainer: Trainer) -> bool:
+        """In `setup`: whether a trainer goes on from its last fit, which had this callback."""
+        last = self._session
+        goes_on = trainer.global_step > 0 and trainer.ckpt_path is None
+        return goes_on and last is not None and last.of is not None and last.of() is trainer
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
         if trainer.state.fn == TrainerFn.FITTING:
@@ -42,17 +49,28 @@ class FreezingCallback(_session.Freezing):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: find the state that this callback saved."""
-        if trainer.state.fn != TrainerFn.FITTING:
-            return
+        if trainer.state.fn == TrainerFn.FITTING:
+            with together():
+                self._take_up(trainer, checkpoint)
+
+    def _take_up(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
         state = saved_state(self, trainer, checkpoint)
-        if state is None and by_tuner(trainer):
+        if not state and by_tuner(trainer):
             return  # it was saved before anything was frozen
-        if state is None:
+        if not state:
             raise ResumeError(
                 f"The checkpoint has no state of `{self.state_key}`: it was written without it, "
                 "so its optimizer groups have another shape. Use the callbacks of the run that "
                 "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
                 "without `ckpt_path`."
+            )
+        number = state.get("stage")
+        if type(number) is not int or number < 0:
+            raise ResumeError(
+                f"`stage` of `{self.state_key}` can't be {number!r}, as in the checkpoint. It was "
+                "changed after it was written, or by another version of lightning-freeze. Resume "
+                "with that version, or load its weights alone: `Model.load_from_checkpoint(path)` "
+                "and `fit` without `ckpt_path`."
             )
         self._loaded = state
         self.restore(self._loaded)

@@ -12,7 +12,7 @@ from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._papers import Papers
-from lightning_freeze.distributed import from_all_ranks, rank
+from lightning_freeze.distributed import from_all_ranks, known_to_all, rank
 
 
 class Judge:
@@ -38,13 +38,15 @@ class Judge:
             AuditError, FrozenWeightsChanged: with `on_violation="raise"`.
         """
         mine = _stamped(trainer, seen)
-        new = self._keep(trainer, run, [mine] if alone else from_all_ranks(mine))
+        new = self._keep(trainer, run, [mine] if alone else from_all_ranks(mine, "findings"))
         if new and self._raises:
             # not in `on_exception` alone: processes that a launcher started never get there
             self._papers.write(trainer, run)
             if not alone:
-                from_all_ranks(None)  # the first to raise ends the others, also while they write
-            raise error_for(new)
+                from_all_ranks(
+                    None, "the end of an audit"
+                )  # the first to raise ends the others, also while they write
+            raise known_to_all(error_for(new))
         return new
 
     def note(self, trainer: Trainer, run: AuditRun, seen: list[Seen]) -> None:
@@ -72,7 +74,7 @@ def compare_ranks(run: AuditRun, wrapped: Collection[str]) -> list[Seen]:
         wrapped: names of what required a gradient when the model was wrapped.
     """
     mine = digests_of(run.ledger)
-    if len(set(from_all_ranks(mine.whole))) == 1:
+    if len(set(from_all_ranks(mine.whole, "the audit of weights"))) == 1:
         return []
-    each = from_all_ranks(mine)
+    each = from_all_ranks(mine, "weights that differ")
     return check_ranks(each, run.with_gradient().difference(wrapped)) if rank() == 0 else []

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.report import write_json
+from lightning_freeze.files import write_json
 
 
 class Papers:

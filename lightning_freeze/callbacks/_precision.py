@@ -14,7 +14,7 @@ def check_scaler(trainer: Trainer, groups: OptimizerGroups, frozen: frozenset[st
     Args:
         trainer: its precision plugin may have a scaler.
         groups: the optimizers' groups.
-        frozen: names of what is frozen at first; later it can only be less.
+        frozen: names of what is frozen in a stage.
 
     Raises:
         ConflictError: torch would end the first step with "No inf checks were recorded".
@@ -27,7 +27,7 @@ def check_scaler(trainer: Trainer, groups: OptimizerGroups, frozen: frozenset[st
         if held and all(name_of.get(id(p)) in frozen for p in held):
             raise ConflictError(
                 f"All {len(held)} tensors that optimizer {number} ({type(optimizer).__name__}) "
-                "holds are frozen at first, and with float16 mixed precision torch's GradScaler "
-                'can\'t step an optimizer without gradients. Use `precision="bf16-mixed"`, or '
-                "leave something of it trainable."
+                "holds are frozen in one of the stages, and with float16 mixed precision torch's "
+                "GradScaler can't step an optimizer without gradients. Use "
+                '`precision="bf16-mixed"`, or leave something of it trainable.'
             )

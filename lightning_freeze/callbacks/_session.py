@@ -7,9 +7,9 @@ callbacks doesn't matter, and an epoch start that Lightning skips after a resume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
@@ -19,9 +19,19 @@ from lightning_freeze import apply, optimizers
 from lightning_freeze.callbacks._precision import check_scaler
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.conflicts import check_conflicts
-from lightning_freeze.distributed import agree, check_supported, rewrap, several
-from lightning_freeze.errors import FreezeError, ResumeError
+from lightning_freeze.distributed import (
+    agree,
+    agree_on_callbacks,
+    check_supported,
+    rewrap,
+    several,
+    together,
+)
+from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
+from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.origin.find import find_origins
+from lightning_freeze.origin.frozen import untouched
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
@@ -42,6 +52,7 @@ class Session:
     """The freezing side of one fit.
 
     Attributes:
+        of: the trainer.
         index: the model, from `on_fit_start` on.
         plan: what holds now.
         stages: callback -> number of its stage.
@@ -54,6 +65,7 @@ class Session:
     """
 
     def __init__(self) -> None:
+        self.of: ref[Trainer] | None = None
         self.entered: set[int] = set()
         self.started = False
         self.deferred = False
@@ -100,6 +112,8 @@ class Session:
                 raise
             self.deferred = True
         self._warn_blocked()
+        if trainer.ckpt_path is None:
+            self._warn_random(index)
         self._snapshot = apply.Snapshot.of(index)
         if self.managed or self.deferred:
             apply.release(index, claimed)
@@ -134,7 +148,7 @@ class Session:
     def _warn_blocked(self) -> None:
         """A schedule whose every later stage names only what the user froze by hand."""
         for callback, schedule in self.schedules.items():
-            later = schedule.stages[-1].trainable - schedule.stages[0].trainable
+            later = schedule.ever - schedule.trainable(0)
             if later and later <= self._before - schedule.claimed:
                 rank_zero_warn(
                     f"{label(callback)} has nothing to unfreeze: all that its later stages would, "
@@ -152,6 +166,18 @@ class Session:
                 f"{f' and {len(useless) - 1} more' if useless[1:] else ''} random values, but they "
                 "stay frozen for the whole fit. Let them train: raise `trainable_layers`, or "
                 "name them in `trainable`."
+            )
+
+    def _warn_random(self, index: ModelIndex) -> None:
+        """What was in no checkpoint, and is frozen all the same: it can't learn."""
+        never = frozenset().union(*(s.never for s in self.schedules.values()))
+        frozen = [name for name in index.parameters if name in never]
+        if frozen and (new := untouched(index, find_origins(index), frozen)):
+            rank_zero_warn(
+                f"`{new[0]}`{f' and {len(new) - 1} more' if new[1:] else ''} stay frozen for the "
+                "whole fit, but were missing in the checkpoint that `from_pretrained` read: they "
+                "hold random values. Let them train (name "
+                f"`{new[0].rpartition('.')[0]}` in `trainable`, or in the schedule), or load them."
             )
 
     def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
@@ -173,6 +199,10 @@ class Session:
         if self.started:
             return
         self.started = True
+        with together():
+            self._start(trainer, module, resumed)
+
+    def _start(self, trainer: Trainer, module: LightningModule, resumed: Mapping[Any, Any]) -> None:
         self.index = ModelIndex.of(module)
         try:
             claimed = self._resolve(trainer, self.index)
@@ -191,11 +221,10 @@ class Session:
                 self._partition(),
                 self._merged(dict.fromkeys(self.schedules, 0)).lr_scale,
             )
-            last = {cb: len(s.stages) - 1 for cb, s in self.schedules.items()}
-            trained = self._merged(last).trainable(self.index.parameters)
-            self.applier = apply.Applier(self.index, self.groups.held.intersection(trained))
-            first = self._merged(dict.fromkeys(self.schedules, 0))
-            check_scaler(trainer, self.groups, first.frozen)
+            never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
+            self.applier = apply.Applier(self.index, self.groups.held - never)
+            for stages in self._ahead():
+                check_scaler(trainer, self.groups, self._merged(stages).frozen)
             self.resume(trainer, resumed)
             self._settle()
         except BaseException:
@@ -235,6 +264,7 @@ class Session:
             self._agree(stages, epoch)
         if stages != self.stages:
             self._check_direction(stages)
+            self._check_something_trains(stages, trainer)
             self._switch(trainer, stages)
         else:
             self.applier.reassert()
@@ -252,6 +282,27 @@ class Session:
             stages[callbacks[place]] = number
             found.append(self._merged(stages).frozen)
         return found
+
+    def _ahead(self) -> Iterator[dict[Any, int]]:
+        """The start, and each stage in which a schedule may freeze more than then."""
+        first = dict.fromkeys(self.schedules, 0)
+        yield first
+        for callback, schedule in self.schedules.items():
+            if schedule.refreezes:
+                yield from ({**first, callback: n} for n in range(1, len(schedule.stages)))
+
+    def _check_something_trains(self, stages: Mapping[Any, int], trainer: Trainer) -> None:
+        """Where schedules of several clocks freeze again, only the clock shows what is left."""
+        assert self.index is not None
+        if not any(schedule.refreezes for schedule in self.schedules.values()):
+            return
+        left = self._merged(stages).trainable(self.index.parameters)
+        if not any(apply.can_train(self.index.parameters[name]) for name in left):
+            raise ConflictError(
+                f"Nothing is left to train from epoch {trainer.current_epoch}, step "
+                f"{trainer.global_step} on: {', '.join(map(label, self.schedules))} freeze all of "
+                "it at this moment. Freeze less in one of them, or unfreeze at the same time."
+            )
 
     def _history(self, claimed: frozenset[str]) -> dict[str, str]:
         """Name -> from when it trains, for the other ranks; empty where no callback freezes."""
@@ -279,10 +330,13 @@ class Session:
                 continue
             schedule = self.schedules[callback]
             again = schedule.plan(stages[callback]).frozen - schedule.plan(saved).frozen
+            if not again and not schedule.refreezes:
+                continue
+            frozen = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
             raise ResumeError(
                 f"The checkpoint was written in stage {saved} of its schedule, and "
-                f"{label(callback)} would go back to stage {stages[callback]}: it would freeze "
-                f"{len(again)} parameters again, such as `{min(again, default='')}`. Use the "
+                f"{label(callback)} would go back to stage {stages[callback]}: it would "
+                f"{frozen if again else 'train again what it has been through'}. Use the "
                 "schedule of the run that wrote it, or load its weights alone: "
                 "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
@@ -298,8 +352,9 @@ class Session:
             listener(self, "before")
         self.stages = stages
         self.plan = self._merged(stages)
-        changed = self.applier.apply(self.plan)
-        self.groups.sync(self.plan.frozen)
+        with together():
+            changed = self.applier.apply(self.plan)
+            self.groups.sync(self.plan.frozen)
         if changed:
             rewrap(trainer.strategy)
         for listener in self.listeners:
@@ -311,11 +366,7 @@ class Session:
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
         used: dict[str, int] = {}
-        frozen = [
-            schedule.plan(number).frozen
-            for schedule in self.schedules.values()
-            for number in range(len(schedule.stages))
-        ]
+        frozen = [names for schedule in self.schedules.values() for names in schedule.apart()]
         for name in self.index.parameters:
             history = tuple(name in names for names in frozen)
             labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]
@@ -331,33 +382,18 @@ class Session:
         """What a callback saves: its stage, and what the optimizer state in the file is for."""
         if callback not in self.stages or self.groups is None:
             return {}
-        state = {
-            "stage": self.stages[callback],
-            "layout": self.groups.layout(),
-            "factors": self.groups.factors(),
-        }
+        state = {"stage": self.stages[callback], **Layout.of(self.groups).to_dict()}
         return {**state, "idle": self.groups.idle()} if self.sharded is not None else state
 
     def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
         assert self.groups is not None
-        layout, factors = self.groups.layout(), self.groups.factors()
+        layout = Layout.of(self.groups)
         for callback, saved in resumed.items():
-            if saved.get("layout") not in (None, layout):
+            differs = layout.difference(saved)
+            if differs:
                 raise ResumeError(
-                    f"The checkpoint doesn't fit {label(callback)}: its optimizer groups hold "
-                    f"{saved['layout']} tensors, those of this run {layout}. The callbacks, the "
-                    "model or `configure_optimizers` have changed since. Use the arguments of the "
-                    "run that wrote it, or load its weights alone: `Model.load_from_checkpoint("
-                    "path)` and `fit` without `ckpt_path`."
-                )
-            # torch would take those of the checkpoint, and say nothing
-            if saved.get("factors") not in (None, factors):
-                raise ResumeError(
-                    f"The checkpoint doesn't fit {label(callback)}: it has the factors "
-                    f"{saved['factors']} on the learning rates of its groups, and this run "
-                    f"{factors}. Use the `lr_decay` and `lr_scale` of the run that wrote it, or "
-                    "load its weights alone: `Model.load_from_checkpoint(path)` and `fit` without "
-                    "`ckpt_path`."
+                    f"The checkpoint doesn't fit {label(callback)}: {differs}, or load its weights "
+                    "alone: `Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
                 )
 
     def give_back(self, module: LightningModule) -> None:
@@ -381,10 +417,27 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Sess
     session = _sessions.get(trainer)
     if session is None or id(callback) in session.entered or session.started:
         session = Session()
-        session.prepare(trainer, module)
+        session.of = ref(trainer)
+        with together():
+            agree_on_callbacks(_talk(trainer))
+            session.prepare(trainer, module)
         _sessions[trainer] = session
     session.entered.add(id(callback))
     return session
+
+
+def _talk(trainer: Trainer) -> str:
+    """Our callbacks, with those of their arguments that decide when ranks communicate."""
+    told = []
+    for callback in callbacks_of(trainer):
+        if type(callback).__module__.startswith("lightning_freeze.") or isinstance(
+            callback, Freezing
+        ):
+            words = ("every", "monitor", "on_violation")
+            given = {word: vars(callback).get(word) for word in words}
+            shown = ", ".join(f"{word}={value!r}" for word, value in given.items() if value)
+            told.append(f"{type(callback).__name__}({shown})")
+    return ", ".join(told)
 
 
 def session_of(trainer: Trainer) -> Session | None:

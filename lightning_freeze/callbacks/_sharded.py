@@ -18,7 +18,7 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch import Trainer
 
 from lightning_freeze.digests import digests
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.distributed import from_all_ranks, together
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.optimizers import OptimizerGroups
 
@@ -49,9 +49,9 @@ def made_apart(trainer: Trainer, index: ModelIndex) -> frozenset[str]:
     made = {name: p for name, p in index.parameters.items() if p.device.type != "meta"}
     listed = list(made)
     found = digests(made.values(), listed.__getitem__)
-    if len(set(from_all_ranks(xxhash.xxh3_128_digest(b"".join(found))))) == 1:
+    if len(set(from_all_ranks(xxhash.xxh3_128_digest(b"".join(found)), "weights as made"))) == 1:
         return frozenset()
-    each = from_all_ranks(dict(zip(listed, found)))
+    each = from_all_ranks(dict(zip(listed, found)), "weights made apart")
     return frozenset(name for name in listed if len({rank.get(name) for rank in each}) > 1)
 
 
@@ -79,7 +79,9 @@ class ShardedCheckpoints:
                 return save(*given, **named)
 
         def load_checkpoint(path: Any, *given: Any, **named: Any) -> Any:
-            resume(saved_callbacks(strategy.broadcast(path), **named))
+            place = strategy.broadcast(path)
+            with together():
+                resume(saved_callbacks(place, **named))
             with groups.without_empty():
                 return load(path, *given, **named)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
@@ -37,8 +39,8 @@ class FreezeBackbone(FreezingCallback):
         trainable_layers: number of blocks at the top of the backbone that stay trainable, along
             with what stands above them in it (pooler, final norm); a negative number leaves as
             many blocks at the bottom trainable.
-        trainable: selectors of what stays trainable inside it, such as ``"**.LayerNorm.*"`` or
-            ``"re:bias$"`` (BitFit, https://arxiv.org/abs/2106.10199).
+        trainable: selectors of what stays trainable inside it, such as `"**.LayerNorm.*"`,
+            `"type:LayerNorm"` or `"re:bias$"` (BitFit, https://arxiv.org/abs/2106.10199).
         train_bn: let batch-norm layers inside it train, weights and statistics.
         eval_mode: keep what is frozen in eval mode: dropout off, batch-norm statistics still.
             With False the modes are left alone, and the statistics move.
@@ -98,6 +100,19 @@ class FreezeBackbone(FreezingCallback):
             unfreeze_at_epoch=self.unfreeze_at_epoch,
             lr_scale=self.lr_scale,
         )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check the arguments against the model; nothing freezes yet."""
+        super().setup(trainer, pl_module, stage)
+        schedule = self._session.schedules.get(self) if self._session is not None else None
+        if trainer.state.fn == TrainerFn.FITTING and schedule is not None and self.trainable:
+            first = schedule.trainable(0)
+            if not first:
+                rank_zero_warn(
+                    f"{self.state_key}: nothing inside the backbone stays trainable. What "
+                    f"`trainable` selects, such as `{min(schedule.claimed)}`, is outside of it and "
+                    "trains anyway."
+                )
 
     def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
         """The schedule for a model: all of the backbone but what stays trainable."""
@@ -160,6 +175,82 @@ class FreezeBackbone(FreezingCallback):
         index = ModelIndex.of(model)
         groups = groups_or_children(index)
         return SchedulePreview.of(index, self.resolve(index), groups, max_epochs)
+
+    @classmethod
+    def lp_ft(cls, epoch: int = 1, lr_scale: float = 0.1) -> FreezeBackbone:
+        """LP-FT: first a linear probe, then everything, the backbone at a lower rate.
+
+        Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+        Out-of-Distribution", https://arxiv.org/abs/2202.10054.
+
+        Args:
+            epoch: the epoch, counted from 0, at which the backbone begins to train.
+            lr_scale: factor on the learning rate of the backbone.
+
+        Example:
+            >>> FreezeBackbone.lp_ft(3).state_key
+            'FreezeBackbone(unfreeze_at_epoch=3, lr_scale=0.1)'
+        """
+        return cls(unfreeze_at_epoch=epoch, lr_scale=lr_scale)
+
+    @classmethod
+    def bitfit(cls) -> FreezeBackbone:
+        """BitFit: the biases and the head train, nothing else.
+
+        Ben Zaken et al. 2021, "BitFit: Simple Parameter-efficient Fine-tuning for
+        Transformer-based Masked Language-models", https://arxiv.org/abs/2106.10199.
+
+        Example:
+            >>> FreezeBackbone.bitfit().state_key
+            "FreezeBackbone(trainable=['re:bias$'])"
+        """
+        return cls(trainable="re:bias$")
+
+    @classmethod
+    def layer_norm_only(cls) -> FreezeBackbone:
+        """The layer norms (RMS norms, too) and the head train, nothing else.
+
+        Qi et al. 2022, "Parameter-Efficient Tuning on Layer Normalization for Pre-trained
+        Language Models", https://arxiv.org/abs/2211.08682.
+
+        Example:
+            >>> FreezeBackbone.layer_norm_only().state_key
+            "FreezeBackbone(trainable=['type:*LayerNorm*|*RMSNorm*'])"
+        """
+        return cls(trainable="type:*LayerNorm*|*RMSNorm*")
+
+    @classmethod
+    def batch_norm_only(cls, *, head: bool = True) -> FreezeBackbone:
+        """The batch norms train, weights and statistics, and the head if asked; nothing else.
+
+        Frankle et al. 2021, "Training BatchNorm and Only BatchNorm",
+        https://arxiv.org/abs/2003.00152, do so in networks of random weights, head frozen.
+
+        Args:
+            head: whether the head trains as well.
+
+        Example:
+            >>> FreezeBackbone.batch_norm_only(head=False).state_key
+            "FreezeBackbone(backbone=['**'], train_bn=True)"
+        """
+        return cls(train_bn=True) if head else cls("**", train_bn=True)
+
+    @classmethod
+    def surgical(cls, block: str | list[str]) -> FreezeBackbone:
+        """Surgical fine-tuning: one block trains, and neither the rest nor the head.
+
+        Lee et al. 2022, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts",
+        https://arxiv.org/abs/2210.11466: the first block for a shift of the input, a middle one
+        for a shift of features, the last for a shift of the output.
+
+        Args:
+            block: selectors of what trains, such as `"layer1"` of a ResNet.
+
+        Example:
+            >>> FreezeBackbone.surgical("layer1").state_key
+            "FreezeBackbone(backbone=['**'], trainable=['layer1'])"
+        """
+        return cls("**", trainable=block)
 
 
 def _range(blocks: tuple[LayerGroup, ...]) -> str:

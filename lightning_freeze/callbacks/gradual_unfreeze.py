@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any, Union
+from dataclasses import replace
+from typing import Any, Literal, Union
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, one_of, positive, whole
-from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
-from lightning_freeze.callbacks._metric import check_can_be_logged, missing_metric
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.callbacks._freezing import key_of
+from lightning_freeze.callbacks._metric import check_can_be_logged
+from lightning_freeze.callbacks._metric_driven import MetricDriven
+from lightning_freeze.callbacks._written import Schedule
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
-from lightning_freeze.layers import LayerGroup, groups_of
+from lightning_freeze.layers import LayerGroup, discover, groups_of
 from lightning_freeze.names import ModelIndex
+from lightning_freeze.patterns import AllAtOnce, OneByOne, RandomLayers
 from lightning_freeze.preview import SchedulePreview
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.schedule import (
     Entry,
-    MetricClock,
     UnfreezeSchedule,
     from_entries,
     from_groups,
@@ -30,7 +31,8 @@ from lightning_freeze.schedule import (
 )
 from lightning_freeze.selectors import Selector, as_selectors, select
 
-Schedule = Union[dict[Any, Any], str, None]
+Written = Union[Mapping[Any, Any], str, "os.PathLike[str]", Schedule, None]
+Pattern = Union[AllAtOnce, OneByOne, RandomLayers]
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -41,6 +43,7 @@ _DEFAULTS: dict[str, Any] = {
     "order": "top_down",
     "unit": "epoch",
     "monitor": None,
+    "pattern": None,
     "lr_decay": 1.0,
     "groups": None,
     "train_bn": False,
@@ -48,7 +51,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-class GradualUnfreeze(FreezingCallback):
+class GradualUnfreeze(MetricDriven):
     """Head first, then layer group by layer group, without touching your optimizer or scheduler.
 
     Without `schedule` the head trains from epoch 0, the top `layers_per_step` layer groups join
@@ -57,8 +60,11 @@ class GradualUnfreeze(FreezingCallback):
 
     Args:
         schedule: epoch (or step) -> selectors, cumulative:
-            ``{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}``. A value may also be
-            ``{"unfreeze": [...], "lr_scale": 0.5}``. Or the path of a YAML file with the same.
+            `{0: "classifier", 1: ["layer.10", "layer.11"], 3: "**"}`. A value may also be
+            `{"unfreeze": [...], "lr_scale": 0.5}`, or hold `"freeze": [...]`, which freezes again
+            and comes first: `{"freeze": "**", "unfreeze": "layer.3"}` trains that layer alone. Or
+            the path of a YAML file with the same; in a LightningCLI config it counts from the
+            config's folder.
         start: epoch (or step) of the first unfreezing.
         every: epochs (or steps) between two.
         layers_per_step: layer groups per unfreezing.
@@ -67,9 +73,9 @@ class GradualUnfreeze(FreezingCallback):
         monitor: a logged metric; the next groups unfreeze when it hasn't improved by `min_delta`
             for `patience` epochs.
         mode: "min" or "max": which way the metric improves.
-        patience: epochs without improvement.
+        patience: epochs with a value of the metric that bring no improvement.
         min_delta: the least change of the metric that counts as improvement.
-        lr_decay: the learning rate of a group is yours times ``lr_decay ** distance`` from the
+        lr_decay: the learning rate of a group is yours times `lr_decay ** distance` from the
             top; ULMFiT (Howard and Ruder 2018, https://arxiv.org/abs/1801.06146) uses 1/2.6.
         groups: your own layer groups, bottom to top, each a selector or a list of them.
         train_bn: let batch-norm layers train from the start, weights and statistics.
@@ -87,15 +93,15 @@ class GradualUnfreeze(FreezingCallback):
 
     def __init__(
         self,
-        schedule: Schedule = None,
+        schedule: Written = None,
         *,
         start: int = 1,
         every: int = 1,
         layers_per_step: int = 1,
-        order: str = "top_down",
-        unit: str = "epoch",
+        order: Literal["top_down", "bottom_up"] = "top_down",
+        unit: Literal["epoch", "step"] = "epoch",
         monitor: str | None = None,
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         patience: int = 1,
         min_delta: float = 0.0,
         lr_decay: float = 1.0,
@@ -103,26 +109,24 @@ class GradualUnfreeze(FreezingCallback):
         train_bn: bool = False,
         eval_mode: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(monitor, mode, patience, min_delta)
         self.entries: tuple[Entry, ...] | None = None
+        if isinstance(schedule, Schedule):
+            schedule = schedule.content
         if schedule is not None:
             if not isinstance(schedule, (Mapping, str, os.PathLike)):
                 raise ArgumentError(
                     f"`schedule` is {schedule!r}. Write a mapping from epochs to selectors, or the "
                     "path of a YAML file."
                 )
-            self.entries = parse_schedule(schedule)
+            self.entries = parse_schedule(
+                schedule if isinstance(schedule, Mapping) else os.fspath(schedule)
+            )
         self.start = whole(start, "start", least=0)
         self.every = whole(every, "every", least=1)
         self.layers_per_step = whole(layers_per_step, "layers_per_step", least=1)
         self.order = one_of(order, "order", ("top_down", "bottom_up"))
         self.unit = one_of(unit, "unit", ("epoch", "step"))
-        self.monitor = monitor
-        self.mode = one_of(mode, "mode", ("min", "max"))
-        self.patience = whole(patience, "patience", least=1)
-        if isinstance(min_delta, bool) or not isinstance(min_delta, (int, float)) or min_delta < 0:
-            raise ArgumentError(f"`min_delta` is {min_delta!r}. Write a number from 0.")
-        self.min_delta = float(min_delta)
         self.lr_decay = positive(lr_decay, "lr_decay")
         if groups is not None and (isinstance(groups, str) or not groups):
             raise ArgumentError(
@@ -136,18 +140,14 @@ class GradualUnfreeze(FreezingCallback):
                 '`monitor` decides once an epoch, so `unit="step"` has no meaning with it. Leave '
                 "one of them out."
             )
-        self._clock = self._new_clock()
-        self._fed = -1
-        self._seen_before: Any = None
-        # a resume from a validation at an epoch's end runs that end again, without a batch
-        self._trained = False
+        self.pattern: Pattern | None = None
 
     @property
     def state_key(self) -> str:
         """Tells this callback's state in a checkpoint from that of another `GradualUnfreeze`."""
         schedule = None
         if self.entries is not None:
-            schedule = {entry.at: key_of(entry.selectors) for entry in self.entries}
+            schedule = {entry.at: _key(entry) for entry in self.entries}
         groups = self.groups and [key_of(as_selectors(group)) for group in self.groups]
         return call_of(
             "GradualUnfreeze",
@@ -159,6 +159,7 @@ class GradualUnfreeze(FreezingCallback):
             order=self.order,
             unit=self.unit,
             monitor=self.monitor,
+            pattern=self.pattern,
             lr_decay=self.lr_decay,
             groups=groups,
             train_bn=self.train_bn,
@@ -197,6 +198,8 @@ class GradualUnfreeze(FreezingCallback):
                 return self._pick(index, groups, selector)
 
             schedule = from_entries(schedule, self.entries, pick)
+        elif self.pattern is not None:
+            schedule = self.pattern.fill(schedule, self._turns(index, groups))
         else:
             schedule = from_groups(
                 schedule,
@@ -222,6 +225,14 @@ class GradualUnfreeze(FreezingCallback):
                 "gradually. Give `groups`, bottom to top, or a `schedule`."
             )
         return found
+
+    def _turns(self, index: ModelIndex, groups: Sequence[LayerGroup]) -> list[tuple[str, ...]]:
+        """What takes turns: every layer group, or for random layers the blocks alone."""
+        if not isinstance(self.pattern, RandomLayers):
+            return [group.parameters for group in groups]
+        if self.groups is not None:
+            return [select(index, group) for group in self.groups]
+        return [block.parameters for block in discover(index).blocks]
 
     @staticmethod
     def _pick(
@@ -252,91 +263,139 @@ class GradualUnfreeze(FreezingCallback):
         index = ModelIndex.of(model)
         return SchedulePreview.of(index, self.resolve(index), self._layer_groups(index), max_epochs)
 
-    def _new_clock(self) -> MetricClock:
-        return MetricClock(self.mode, self.patience, self.min_delta)
+    @classmethod
+    def ulmfit(
+        cls, *, every: int = 1, lr_decay: float = 1 / 2.6, groups: list[Any] | None = None
+    ) -> GradualUnfreeze:
+        """ULMFiT: the head first, one layer group more each epoch, lower layers slower.
 
-    def stage(self, schedule: UnfreezeSchedule, epoch: int, step: int) -> int:
-        """The number of the stage now: by the clock, or by the metric."""
-        if self.monitor is not None:
-            return min(self._clock.stage, len(schedule.stages) - 1)
-        return super().stage(schedule, epoch, step)
+        Howard and Ruder 2018, "Universal Language Model Fine-tuning for Text Classification",
+        https://arxiv.org/abs/1801.06146, sections 3.2 and 3.3. Their slanted triangular learning
+        rate is a scheduler of yours, such as `OneCycleLR` with `pct_start=0.1`.
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the arguments against the model; nothing freezes yet."""
-        if trainer.state.fn == "fit":
-            self._clock = self._new_clock()
-            self._fed = -1
-        super().setup(trainer, pl_module, stage)
+        Args:
+            every: epochs between two unfreezings.
+            lr_decay: factor on the learning rate from one layer group to the next below.
+            groups: your own layer groups, bottom to top.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The stage, and what the metric has been so far."""
-        state = super().state_dict()
-        if state and self.monitor is not None:
-            state["metric"] = {**asdict(self._clock), "fed": self._fed}
-        return state
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take over what the metric has been so far."""
-        saved = dict(state.get("metric") or {})
-        if saved and self.monitor is not None:
-            self._fed = saved.pop("fed")
-            kept = {name: saved[name] for name in ("best", "waited", "stage")}
-            self._clock = replace(self._new_clock(), **kept)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Unfreeze what is due."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        self._trained = True
-
-    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first batch: a validation metric that validation doesn't log is a mistake."""
-        if self.monitor is None or not self.monitor.startswith(("val", "dev", "eval")):
-            return
-        if not any(from_all_ranks(self.monitor in trainer.callback_metrics)):
-            raise missing_metric(self.monitor, trainer)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the metric, to see whether validation renews it."""
-        if self.monitor is not None and not trainer.sanity_checking:
-            self._seen_before = trainer.callback_metrics.get(self.monitor)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read a validation metric here: a checkpoint may be saved before the epoch's end."""
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        value = trainer.callback_metrics.get(self.monitor)
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._feed(trainer, None if value is self._seen_before else value)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read a training metric."""
-        epoch = trainer.current_epoch
-        if self.monitor is None or self._fed >= epoch or self._done():
-            return
-        fed = self._feed(trainer, trainer.callback_metrics.get(self.monitor))
-        if not fed and self._trained and (epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
-            raise missing_metric(self.monitor, trainer)
-        self._trained = False
-
-    def _done(self) -> bool:
-        session = self._session
-        if session is None or self not in session.schedules:
-            return True
-        return self._clock.stage >= len(session.schedules[self].stages) - 1
-
-    def _feed(self, trainer: Trainer, value: Any) -> bool:
-        """Go by the mean over the ranks that logged a value, so that none moves alone.
-
-        Returns:
-            Whether any did.
+        Example:
+            >>> GradualUnfreeze.ulmfit().state_key
+            'GradualUnfreeze(lr_decay=0.3846153846153846)'
         """
-        if self._fed >= trainer.current_epoch:
-            return True
-        told = from_all_ranks(None if value is None else float(value))
-        values = [each for each in told if each is not None]
-        if values:
-            self._fed = trainer.current_epoch
-            self._clock = self._clock.feed(sum(values) / len(values))
-        return bool(values)
+        return cls(every=every, start=every, lr_decay=lr_decay, groups=groups)
+
+    @classmethod
+    def layerwise_lr_decay(
+        cls, lr_decay: float = 0.95, *, groups: list[Any] | None = None
+    ) -> GradualUnfreeze:
+        """Everything trains from the start, each layer group slower than the one above it.
+
+        Zhang et al. 2021, "Revisiting Few-sample BERT Fine-tuning",
+        https://arxiv.org/abs/2006.05987, compare it with a fresh start for the top layers
+        (`ReinitTopLayers`); the two can be combined.
+
+        Args:
+            lr_decay: factor on the learning rate from one layer group to the next below.
+            groups: your own layer groups, bottom to top.
+
+        Example:
+            >>> GradualUnfreeze.layerwise_lr_decay().state_key
+            'GradualUnfreeze(pattern=AllAtOnce(), lr_decay=0.95)'
+        """
+        made = cls(lr_decay=lr_decay, groups=groups)
+        made.pattern = AllAtOnce()
+        return made
+
+    @classmethod
+    def chain_thaw(
+        cls,
+        *,
+        every: int = 1,
+        unit: Literal["epoch", "step"] = "epoch",
+        monitor: str | None = None,
+        mode: Literal["min", "max"] = "min",
+        patience: int = 1,
+        min_delta: float = 0.0,
+        groups: list[Any] | None = None,
+    ) -> GradualUnfreeze:
+        """Chain-thaw: the head, then each layer group alone from the bottom up, then everything.
+
+        Felbo et al. 2017, "Using millions of emoji occurrences to learn any-domain
+        representations" (DeepMoji), https://arxiv.org/abs/1708.00524, section 3.3. A layer that
+        freezes again loses its momentum, and begins anew with what trains at the end. Unlike in
+        their code, what is frozen is in eval mode.
+
+        Args:
+            every: epochs (or steps) per stage; there are two stages more than layers below the
+                head.
+            unit: "epoch", or "step" for optimizer steps.
+            monitor: a logged metric; the next stage begins when it hasn't improved by `min_delta`
+                for `patience` epochs, as in the paper.
+            mode: "min" or "max": which way the metric improves.
+            patience: epochs without improvement.
+            min_delta: the least change of the metric that counts as improvement.
+            groups: your own layer groups, bottom to top; the last one is the head.
+
+        Example:
+            >>> GradualUnfreeze.chain_thaw(every=2).state_key
+            'GradualUnfreeze(pattern=OneByOne(every=2))'
+        """
+        made = cls(
+            unit=unit,
+            monitor=monitor,
+            mode=mode,
+            patience=patience,
+            min_delta=min_delta,
+            groups=groups,
+        )
+        made.pattern = OneByOne(whole(every, "every", least=1) if monitor is None else 1)
+        return made
+
+    @classmethod
+    def lisa(
+        cls,
+        layers: int = 2,
+        every: int = 20,
+        seed: int = 0,
+        *,
+        unit: Literal["epoch", "step"] = "step",
+        groups: list[Any] | None = None,
+        eval_mode: bool = True,
+    ) -> GradualUnfreeze:
+        """LISA: a few random layers at a time, drawn anew every so many optimizer steps.
+
+        Pan et al. 2024, "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language
+        Model Fine-Tuning", https://arxiv.org/abs/2403.17919. Embeddings and head always train.
+        What is drawn depends on the seed and the step alone: it is the same on every rank and
+        after a resume. A layer that is drawn again begins with fresh optimizer state. Under
+        torch.compile each new draw compiles anew, so compile the layers, not the model.
+
+        Args:
+            layers: how many layers train at a time.
+            every: optimizer steps (or epochs) between two draws.
+            seed: of the draws.
+            unit: "step" for optimizer steps, or "epoch".
+            groups: what is drawn from, each a selector or a list of them; everything else always
+                trains. The blocks of the backbone where None.
+            eval_mode: keep what is frozen in eval mode; False leaves its dropout on, as theirs.
+
+        Example:
+            >>> GradualUnfreeze.lisa(every=50).state_key
+            "GradualUnfreeze(unit='step', pattern=RandomLayers(layers=2, every=50, seed=0))"
+        """
+        made = cls(unit=unit, groups=groups, eval_mode=eval_mode)
+        made.pattern = RandomLayers(
+            whole(layers, "layers", least=1),
+            whole(every, "every", least=1),
+            whole(seed, "seed", least=0),
+        )
+        return made
+
+
+def _key(entry: Entry) -> Any:
+    unfreeze, freeze = key_of(entry.selectors), key_of(entry.freeze)
+    return {"freeze": freeze, "unfreeze": unfreeze} if freeze else unfreeze
+
+
+# what jsonargparse goes by: a type of its own checks a configuration while it is read
+GradualUnfreeze.__init__.__annotations__["schedule"] = Union[Schedule, None]

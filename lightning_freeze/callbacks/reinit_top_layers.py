@@ -9,10 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_freeze import renewed
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
-from lightning_freeze.distributed import check_supported
+from lightning_freeze.distributed import check_supported, from_all_ranks, together
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.layers import discover
 from lightning_freeze.names import ModelIndex
@@ -33,10 +34,10 @@ class ReinitTopLayers(Callback):
     Args:
         n_layers: number of blocks at the top.
         params: selectors of further modules or tensors, such as
-            ``"bert.encoder.layer.0.attention.self.query"``.
+            `"bert.encoder.layer.0.attention.self.query"`.
         pooler: whether the backbone's pooler goes along with the top layers.
         init: "model" for the model's own way of initialising, or a callable
-            ``(name, parameter) -> None`` that writes each tensor.
+            `(name, parameter) -> None` that writes each tensor.
         seed: for the random values; drawn from torch's global generator where None. It is the
             same on every rank.
 
@@ -115,7 +116,8 @@ class ReinitTopLayers(Callback):
         # what the module makes later may be the top, or overwrite what is fresh
         self._deferred = session.late
         if not self._deferred and not trainer.global_step:
-            self._reinit(trainer, pl_module)
+            with together():
+                self._reinit(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Names of what was re-initialised, so that a resume knows."""
@@ -127,11 +129,14 @@ class ReinitTopLayers(Callback):
         """On a resume, whose weights stay: say so where they never had a fresh start."""
         if trainer.state.fn != TrainerFn.FITTING or by_tuner(trainer):
             return
-        check_layout(trainer, checkpoint)
-        saved = saved_state(self, trainer, checkpoint) or {}
-        self._done = tuple(saved.get("reinitialised", ()))
-        wanted = self.reinit_names(ModelIndex.of(pl_module))
+        with together():
+            check_layout(trainer, checkpoint)
+            saved = saved_state(self, trainer, checkpoint) or {}
+            self._done = tuple(saved.get("reinitialised", ()))
+            index = ModelIndex.of(pl_module)
+            wanted = self.reinit_names(index)
         missed = [name for name in wanted if name not in self._done]
+        renewed.forget(index.tensors(missed))
         session = _session.session_of(trainer)
         if session is not None:
             session.fresh -= frozenset(missed)
@@ -151,10 +156,12 @@ class ReinitTopLayers(Callback):
         """
         if trainer.ckpt_path is not None or trainer.global_step:
             return
-        if self._deferred:
-            self._reinit(trainer, pl_module)
-        index = ModelIndex.of(pl_module)
-        forget(trainer.optimizers, [index.parameters[name] for name in self.reinit_names(index)])
+        with together():
+            if self._deferred:
+                self._reinit(trainer, pl_module)
+            index = ModelIndex.of(pl_module)
+            fresh = [index.parameters[name] for name in self.reinit_names(index)]
+        forget(trainer.optimizers, fresh)
 
     def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
         index = ModelIndex.of(module)
@@ -162,7 +169,7 @@ class ReinitTopLayers(Callback):
         drawn: Any = self.seed
         if drawn is None:
             drawn = int(torch.randint(0, 2**31, ()).item())
-        seed = int(trainer.strategy.broadcast(drawn))
+        seed = from_all_ranks(int(drawn), "the seed of a fresh start")[0]
         reinit_names(index, names, init=self.init, seed=seed)
         self._done = names
         session = _session.session_of(trainer)

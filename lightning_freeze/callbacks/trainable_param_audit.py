@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,7 +28,7 @@ from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.distributed import from_all_ranks, together
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.report import groups_or_children
 from lightning_freeze.selectors import Selectors, as_selectors
@@ -84,7 +84,7 @@ class TrainableParamAudit(Callback):
     def __init__(
         self,
         *,
-        on_violation: str = "raise",
+        on_violation: Literal["raise", "warn"] = "raise",
         every: Union[str, int] = "epoch",
         table: bool = True,
         log_metrics: bool = True,
@@ -167,14 +167,15 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """On a resume: what was frozen, with which fingerprints."""
         if trainer.state.fn == TrainerFn.FITTING and not by_tuner(trainer):
-            check_layout(trainer, checkpoint)
+            with together():
+                check_layout(trainer, checkpoint)
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
             if self._resumed is not None:
                 told = self._resumed.certificate.findings
                 self._record.findings = [Finding.from_dict(finding) for finding in told]
                 self._record.fresh = self._resumed.fresh
-            self._record.moments = [Moment(**moment) for moment in state.get("moments", ())]
+            self._record.moments = Moment.read(state.get("moments", ()))
             self._record.checks = state.get("checks", 0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -336,7 +337,7 @@ class TrainableParamAudit(Callback):
             due = due or self._run.waiting
         elif self.every == "rolling" and steps >= _STEPS_TO_AGREE:
             self._last_step = trainer.global_step
-            due = any(from_all_ranks(self._run.waiting))
+            due = any(from_all_ranks(self._run.waiting, "a rolling audit"))
         if due:
             self._check(trainer)
 
@@ -421,12 +422,13 @@ class TrainableParamAudit(Callback):
         if flags and self._session is not None and self._session.applier is not None:
             self._session.applier.reassert()  # before the next forward pass it does so, too
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
-        if trainer.world_size > 1:
-            seen += compare_ranks(run, self._wrapped)
-        self._record.count_check()
-        self._last_step = trainer.global_step
-        new = self._judge.hear(trainer, run, seen)
+        with together(end=False):
+            seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
+            if trainer.world_size > 1:
+                seen += compare_ranks(run, self._wrapped)
+            self._record.count_check()
+            self._last_step = trainer.global_step
+            new = self._judge.hear(trainer, run, seen)
         if not self._ended and not run.hunting and any(f.code in CHANGED for f in new):
             self._hunt_ends = trainer.current_epoch + 1
             run.hunt(new, self._now(trainer))

@@ -23,7 +23,15 @@ _DEEPEST = 32
 
 
 class SeveralPlacesError(VerifyError):
-    """One side stands at several places of the other."""
+    """One side stands at several places of the other.
+
+    Attributes:
+        place: one of the places, without a dot at its end.
+    """
+
+    def __init__(self, message: str, place: str) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,10 @@ def _align(left: Shapes, right: Shapes, prefix: str | None, sides: tuple[str, st
     if forced is not None:
         good = [(at, to) for at, to in good if at == to] or good
     if len(good) > 1:
-        raise SeveralPlacesError(_several_places(good, scores, sides))
+        places = (
+            [to for _, to in good] if len({to for _, to in good}) > 1 else [at for at, _ in good]
+        )
+        raise SeveralPlacesError(_several_places(good, scores, sides), max(places).rstrip("."))
     at, to = good[0]
     names = {name: to + name[len(at) :] if name.startswith(at) else name for name in left}
     if len(set(names.values())) < len(names):

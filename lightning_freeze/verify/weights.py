@@ -120,9 +120,27 @@ def open_weights(path: Union[str, Path]) -> Weights:
     part = _folder(target) if target.is_dir() else _file(regular(target))
     if not part.specs:
         raise VerifyError(f"`{path}` holds no tensors ({part.kind}). Name a file with weights.")
+    return _weights(str(path), part)
+
+
+def weights_in(content: Any, name: str = "the state dict") -> Weights:
+    """The same for weights that are in memory already: a state dict, or what holds one.
+
+    Args:
+        content: name -> tensor, or a checkpoint's content.
+        name: what messages call it.
+
+    Raises:
+        VerifyError: there are no tensors by name.
+    """
+    kind, tensors = tensors_of(content, Path(name))
+    return _weights(name, _part_of(kind, tensors))
+
+
+def _weights(path: str, part: _Part) -> Weights:
     short = tidy(part.specs)
     return Weights(
-        path=str(path),
+        path=path,
         kind=part.kind,
         specs={short[name]: spec for name, spec in part.specs.items()},
         in_model_order=part.in_model_order,
@@ -162,8 +180,11 @@ def _stored(dtype: str, shape: tuple[int, ...]) -> Spec:
 
 
 def _torch(path: Path) -> _Part:
-    content = pickles.load(path)
-    kind, tensors = tensors_of(content, path)
+    kind, tensors = tensors_of(pickles.load(path), path)
+    return _part_of(kind, tensors)
+
+
+def _part_of(kind: str, tensors: Mapping[str, Tensor]) -> _Part:
     specs: dict[str, Spec] = {}
     tied: dict[str, str] = {}
     seen: dict[object, str] = {}

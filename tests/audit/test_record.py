@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.record import Record
+from lightning_freeze.timeline import Moment
 
 
 def found(*names: str, code: str = "frozen-changed", cause: str = "") -> Finding:
@@ -32,3 +33,14 @@ def test_another_cause_is_something_new_only_in_a_hunt_and_only_for_weights() ->
     assert record.keep([found("a", cause="Known.")], by_cause=True) != []
     again = found("a", code="flag-changed", cause="Known.")
     assert record.keep([again], by_cause=True) == []
+
+
+def test_moments_of_one_epoch_can_be_folded_into_what_trained_at_any_time_in_it() -> None:
+    record = Record()
+    record.add(Moment(3, 60, {"low": None, "high": 0.1, "head": 0.1}))
+    record.fold(Moment(3, 80, {"low": 0.2, "high": None, "head": 0.05}))
+    record.fold(Moment(4, 90, {"low": 0.2, "high": None, "head": 0.05}))
+    assert [(m.epoch, m.step, dict(m.lr)) for m in record.moments] == [
+        (3, 60, {"low": 0.2, "high": 0.1, "head": 0.1}),
+        (4, 90, {"low": 0.2, "high": None, "head": 0.05}),
+    ]

@@ -196,3 +196,17 @@ def test_a_bias_beside_a_weight_that_trains_is_left_out_on_purpose() -> None:
 def test_nobody_leaves_everything_out_on_purpose() -> None:
     model = Pretrained()
     assert omitted(model, nn.Parameter(torch.zeros(1))) == set()
+
+
+def test_counts_of_earlier_changes_are_kept_only_while_something_waits_since_then() -> None:
+    fit = Fit(SGD, lr=1e-3)
+    for change in range(1, 30):  # as where layers are drawn anew again and again
+        fit.step()
+        fit.unmoved()
+        fit.movement.arm({}, (0, change))
+        fit.movement.arm(fit.parameters, (0, change))
+    assert list(fit.movement._before) == [29]
+    fit.model.head.weight.register_hook(torch.zeros_like)
+    fit.step(2)
+    fit.movement.arm(fit.parameters, (0, 31))
+    assert only(fit.check(2)).names == ("head.weight",)  # it still counts from 29

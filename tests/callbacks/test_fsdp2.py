@@ -216,6 +216,23 @@ def test_a_resume_from_any_checkpoint_ends_like_the_whole_run(
                 assert equal(one, other), (path.name, what)
 
 
+def test_a_resume_between_two_random_draws_ends_like_the_whole_run(tmp_path: Path) -> None:
+    def callbacks(tag: str) -> list[Callback]:
+        audit = TrainableParamAudit(table=False)  # it raises
+        return [GradualUnfreeze.lisa(2, every=3, seed=1), audit, Save(tmp_path, tag)]
+
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, every_n_epochs=1)
+    fit(lambda: Net(adamw), *callbacks("whole"), save)
+    fit(lambda: Net(adamw), *callbacks("resumed"), ckpt_path=tmp_path / "epoch=1.ckpt")
+    for what in (2, EPOCHS - 1, "end"):  # 8 steps are in the third draw
+        for rank in range(2):
+            one, other = (saved(tmp_path, f"{tag}-{rank}-{what}") for tag in ("whole", "resumed"))
+            assert equal(one, other), what
+    frozen = {name for name, trains in saved(tmp_path, "whole-0-end")[2].items() if not trains}
+    assert {name.split(".")[2] for name in frozen} <= set("0123")
+    assert len(frozen) == 8  # control: two of four blocks, with a matrix, a norm and two biases
+
+
 def test_fresh_layers_do_not_depend_on_the_number_of_ranks(tmp_path: Path) -> None:
     for ranks in (1, 2):
         fit(

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lightning_freeze import report
-from lightning_freeze.report import write_json
+from lightning_freeze import files
+from lightning_freeze.files import write_json
 from tests.interruption.processes import run_in_a_process
 
 NAMES = ("fsync", "chmod", "replace")
@@ -84,12 +84,12 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(
     def refuse(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    assert report.fcntl is not None
-    monkeypatch.setattr(report.fcntl, "flock", refuse)
+    assert files.fcntl is not None
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
     leftover = tmp_path / ".report.json.abcd_123.part"
     leftover.write_text("")
     write_json(tmp_path / "report.json", {"run": 1})
-    monkeypatch.setattr(report, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     write_json(tmp_path / "report.json", {"run": 2})
     assert json.loads((tmp_path / "report.json").read_text()) == {"run": 2}
     # nobody can tell whether it is being written
@@ -131,7 +131,7 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(
 def test_a_file_that_is_cleared_up_before_it_is_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = report._lock
+    lock = files._lock
 
     def late(handle: int, *, wait: bool) -> bool:
         """The other process comes first."""
@@ -142,7 +142,7 @@ def test_a_file_that_is_cleared_up_before_it_is_locked_is_made_anew(
         return lock(handle, wait=wait)
 
     done: list[bool] = []
-    monkeypatch.setattr(report, "_lock", late)
+    monkeypatch.setattr(files, "_lock", late)
     write_json(tmp_path / "report.json", {"run": 1})
     assert done
     assert json.loads((tmp_path / "report.json").read_text()) == {"run": 1}

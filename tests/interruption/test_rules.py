@@ -55,21 +55,34 @@ class Watch(Callback):
         self.batches += 1
 
 
-def first(folder: Path, *callbacks: Callback, weights_only: bool = False) -> Path:
+def first(
+    folder: Path,
+    *callbacks: Callback,
+    weights_only: bool = False,
+    configure: Any = stepwise,
+    **options: Any,
+) -> Path:
     """Two epochs of four steps, and the checkpoint of their end."""
     save = ModelCheckpoint(
         folder, filename="first", save_on_train_epoch_end=True, save_weights_only=weights_only
     )
-    run = trainer(*callbacks, save, epochs=2, enable_checkpointing=True)
-    run.fit(seeded(lambda: Toy(stepwise)), loader(), loader(seed=2))
+    run = trainer(*callbacks, save, epochs=2, enable_checkpointing=True, **options)
+    run.fit(seeded(lambda: Toy(configure)), loader(), loader(seed=2))
     return folder / "first.ckpt"
 
 
-def second(path: Path, *callbacks: Callback, make: Any = Toy, blocks: int = 3) -> tuple[Watch, Toy]:
+def second(
+    path: Path,
+    *callbacks: Callback,
+    make: Any = Toy,
+    blocks: int = 3,
+    configure: Any = stepwise,
+    **options: Any,
+) -> tuple[Watch, Toy]:
     """Two epochs more."""
     watch = Watch()
-    model = seeded(lambda: make(stepwise, blocks=blocks))
-    run = trainer(*callbacks, watch, epochs=4)
+    model = seeded(lambda: make(configure, blocks=blocks))
+    run = trainer(*callbacks, watch, epochs=4, **options)
     try:
         run.fit(model, loader(), loader(seed=2), ckpt_path=path)
     except Exception:
@@ -285,7 +298,8 @@ def test_each_row_of_the_documentation_is_a_test() -> None:
     rows = [line for line in text.splitlines() if line.startswith("| ") and "---" not in line]
     told = [row.rsplit("|", 2)[1].strip() for row in rows]
     names = {name.strip("`") for name in told if name != "Test"}
-    sources = [*Path(__file__).parent.glob("test_*.py"), folder / "callbacks/test_oracle_resume.py"]
+    others = [folder / "callbacks/test_oracle_resume.py", folder / "ranks/test_kills.py"]
+    sources = [*Path(__file__).parent.glob("test_*.py"), *others]
     code = "\n".join(path.read_text(encoding="utf-8") for path in sources)
     assert len(names) > 20
     assert {name for name in names if f"def {name}(" not in code} == set()

@@ -30,6 +30,8 @@ class Plain(Toy):
 class Halves:
     """A batch sampler of its own per rank: the halves of the batches that one process sees."""
 
+    sampler: Any = None  # Lightning before 2.6 asks for it
+
     def __init__(self, rows: int, batch: int, rank: int, ranks: int) -> None:
         self.batches = [
             list(range(start + rank * batch // ranks, start + (rank + 1) * batch // ranks))

@@ -1,0 +1,1 @@
+"""How each tensor of a model got its values."""
