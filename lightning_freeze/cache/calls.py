@@ -73,11 +73,13 @@ class Prefix:
         scope: the module whose call has all of it inside.
         skipped: the calls' modules, in order; the scope itself if all of it is frozen.
         seconds: what they took in the traced step.
+        around: modules in whose calls they are called.
     """
 
     scope: nn.Module
     skipped: tuple[nn.Module, ...]
     seconds: float
+    around: tuple[nn.Module, ...] = ()
 
 
 def by_flag(parameter: nn.Parameter) -> bool:
@@ -108,8 +110,20 @@ def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, st
         assert scope.module is not None
         modules = tuple(node.module for node in nodes if node.module is not None)
         if best is None or seconds > best.seconds:
-            best = Prefix(scope.module, modules, seconds)
+            best = Prefix(scope.module, modules, seconds, _around(scope, nodes))
     return best, reason
+
+
+def _around(scope: Node, nodes: Sequence[Node]) -> tuple[nn.Module, ...]:
+    inside = {id(node) for node in nodes}
+    modules = [
+        node.module
+        for node in scope.walk()
+        if node.module is not None
+        and id(node) not in inside
+        and any(id(inner) in inside for inner in node.walk())
+    ]
+    return tuple(dict.fromkeys(modules))
 
 
 def _holds_weights(module: nn.Module | None) -> bool:
@@ -145,13 +159,23 @@ def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> str | None:
     for inner in module.modules():
         if any(trains(p) for p in inner._parameters.values() if p is not None):
             return "it trains"
-        if inner._compiled_call_impl is not None or type(inner).__name__ == "OptimizedModule":
+        if is_compiled(inner):
             return f"{_in(inner, module)} is compiled"
         if inner.training and minds_its_mode(inner):
             return f"{_in(inner, module)} is in train mode"
         if foreign_hooks(inner):
             return f"{_in(inner, module)} has hooks"
     return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` was called on a module."""
+    by_lightning = vars(module).get("_compiler_ctx")
+    return bool(
+        module._compiled_call_impl is not None
+        or by_lightning is not None
+        or type(module).__name__ == "OptimizedModule"
+    )
 
 
 def _in(inner: nn.Module, module: nn.Module) -> str:

@@ -58,7 +58,7 @@ class Call:
         Raises:
             Unkeyable: an argument isn't plain, or requires a gradient.
         """
-        leaves, spec = tree_flatten((tuple(args), kwargs))
+        leaves, spec = tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for position in tensors:
             tensor = leaves[position]
@@ -80,10 +80,14 @@ class Call:
             raise Unkeyable("the inputs of the frozen part have different numbers of rows")
         return cls(tuple(leaves), spec, tuple(batched), counts.pop())
 
-    def keys(self) -> tuple[bytes, list[bytes]]:
-        """The space, and a key for each sample in it."""
+    def keys(self, beside: str = "") -> tuple[bytes, list[bytes]]:
+        """The space, and a key for each sample in it.
+
+        Args:
+            beside: what else the output depends on.
+        """
         space = xxhash.xxh3_128()
-        space.update(f"{self.batched}|{self.spec}|{_autocast()}".encode())
+        space.update(f"{self.batched}|{self.spec}|{_modes()}|{beside}".encode())
         for position, leaf in enumerate(self.leaves):
             if not isinstance(leaf, Tensor):
                 space.update(f"|{position}:{type(leaf).__name__}:{leaf!r}".encode())
@@ -128,9 +132,16 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return flat.reshape(-1).view(torch.uint8)
 
 
-def _autocast() -> str:
-    kinds = [kind for kind in ("cpu", "cuda", "xpu", "mps") if _enabled(kind)]
-    return "|".join(f"{kind}:{torch.get_autocast_dtype(kind)}" for kind in kinds)
+def autocasts() -> list[str]:
+    """Devices for which autocast is on."""
+    return [kind for kind in ("cpu", "cuda", "xpu", "mps") if _enabled(kind)]
+
+
+def _modes() -> str:
+    """What torch itself would compute otherwise in."""
+    cast = "|".join(f"{kind}:{torch.get_autocast_dtype(kind)}" for kind in autocasts())
+    gradients = torch.is_grad_enabled()
+    return f"{cast}|{gradients}|{torch.get_float32_matmul_precision()}|{torch.get_default_dtype()}"
 
 
 def _enabled(kind: str) -> bool:

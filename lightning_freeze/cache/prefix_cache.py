@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from lightning_freeze.cache.calls import Prefix
 from lightning_freeze.cache.content import Content
 from lightning_freeze.cache.keys import Call, Unkeyable
-from lightning_freeze.cache.probe import Fit, Unfit, close, probe
-from lightning_freeze.cache.replay import Output, Replay, undone
+from lightning_freeze.cache.probe import Fit, Unfit, close, probe, tolerance_of
+from lightning_freeze.cache.replay import Output, Replay
+from lightning_freeze.cache.sideways import undone
 from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
 from lightning_freeze.cache.store import ENTRY, Full, RowStore
+
+
+# a few rows are compared with what the frozen part gives, once in so many calls
+_VERIFIED = 64
+_ROUNDED = 5e-2
+# changes of the frozen part in one stage
+_MOST_CHANGES = 8
+# shapes that batches are padded to, and the like
+_MOST_SPACES = 10_000
 
 
 @dataclass
@@ -88,7 +98,10 @@ class PrefixCache:
         self._outputs: dict[bytes, dict[int, Output]] = {}
         self._per_row = 0.0
         self._unverified = False
-        self._content = Content(prefix.skipped)
+        self._calls = 0
+        self._ran = 0.0
+        self._forgotten = 0
+        self.content = Content(prefix.skipped, prefix.around)
 
     @property
     def keeps(self) -> frozenset[Leaf]:
@@ -102,13 +115,21 @@ class PrefixCache:
         And the next batch that is found whole is compared with what the frozen part gives now.
         """
         self._unverified = True
-        if self._content.changed(all_bytes=True):
+        if not self.content.whole():
+            self._look_again()
+        elif self.content.changed(all_bytes=True):
             self._forget()
+
+    def _look_again(self) -> None:
+        """Tensors or modules were exchanged."""
+        outside = () if self.fit is None else self.fit.outside
+        self.content = Content(self.replayed.prefix.skipped, self.replayed.prefix.around, outside)
+        self._forget()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The scope's call."""
         original = self.replayed._original
-        if self._over or not self._content.usable():
+        if self._over or _transformed() or not self.content.usable():
             return original(*args, **kwargs)
         try:
             call = Call.of(args, kwargs, None if self.fit is None else self.fit.batched)
@@ -120,13 +141,20 @@ class PrefixCache:
         if self.fit is None or (self.fit.rows == 1 and call.rows > 1):
             if not torch.is_grad_enabled():
                 return original(*args, **kwargs)
+            self.content.changed()
             result, found = probe(self.replayed, call)
             if isinstance(found, Unfit):
                 self._leave(str(found))
             else:
                 self.fit = found
+                if found.outside:
+                    prefix = self.replayed.prefix
+                    self.content = Content(prefix.skipped, prefix.around, found.outside)
+                    self.store.clear()
                 self._make_room()
             return result
+        if call.spec != self.fit.spec:
+            return original(*args, **kwargs)
         return self._cached(call)
 
     def _make_room(self) -> None:
@@ -138,6 +166,9 @@ class PrefixCache:
         self.store.clear()
         self.full = False
         self.forgot = True
+        self._forgotten += 1
+        if self._forgotten > _MOST_CHANGES and self.stats.hits < self.stats.misses:
+            self._leave("the frozen part changes again and again")
 
     def _leave(self, reason: str) -> None:
         self._over = True
@@ -146,9 +177,15 @@ class PrefixCache:
     def _cached(self, call: Call) -> Any:
         began = time.perf_counter()
         assert self.fit is not None
-        if self._content.changed():
+        if self.content.changed():
             self._forget()
-        space, keys = call.keys()
+            if self._over:
+                return self.replayed.plain(call)
+        prefix = self.replayed.prefix
+        modes = "".join("t" if module.training else "e" for module in prefix.around)
+        space, keys = call.keys(modes)
+        self._calls += 1
+        self._unverified |= self._calls % _VERIFIED == 0
         missing: Sequence[int] = sorted(
             set().union(*(self.store.missing(self._place(space, n), keys) for n in self.fit.needed))
         )
@@ -157,10 +194,8 @@ class PrefixCache:
         with undone(self.replayed.prefix.scope) as undo:
             try:
                 fresh = self._compute(call, space, keys, missing)
-                collected = time.perf_counter()
                 values = self._values(call, space, keys, missing, fresh)
-                if not missing:
-                    self._verify(call, values)
+                self._verify(call, values, missing)
                 looked = time.perf_counter()
                 result = self.replayed.replay(call, self._shaped(space, call), values)
             except Exception as error:
@@ -171,7 +206,7 @@ class PrefixCache:
         self.stats.misses += len(missing)
         self.stats.hits += call.rows - len(missing)
         self.stats.nbytes = self.store.nbytes
-        overhead = (looked - began) - (collected - began if missing else 0.0)
+        overhead = looked - began - self._ran
         self.stats.seconds_saved += self._per_row * (call.rows - len(missing)) - overhead
         return result
 
@@ -182,10 +217,17 @@ class PrefixCache:
         self, call: Call, space: bytes, keys: Sequence[bytes], missing: Sequence[int]
     ) -> dict[Leaf, Tensor]:
         """Run the frozen part for the missing samples, and keep what it gives."""
+        self._ran = 0.0
         if not missing:
             return {}
         assert self.fit is not None
         found = self.replayed.collect(call, missing, self.keeps)
+        self._ran = found.seconds
+        plain = [_plain(outputs) for outputs in (self._outputs.get(space), found.outputs)]
+        if plain[0] is not None and plain[0] != plain[1]:
+            raise SkippedActivation("a frozen layer returns other numbers now", frozenset())
+        if len(self._outputs) > _MOST_SPACES:
+            self._outputs.clear()
         self._outputs[space] = found.outputs
         each = found.seconds / len(missing)
         self._per_row = min(self._per_row or each, each)
@@ -242,10 +284,12 @@ class PrefixCache:
             stored = self.store.get(place, [keys[i] for i in there], layout.dtype, layout.device)
             if missing:
                 whole = stored.new_empty((call.rows, *stored.shape[1:]))
+                if fresh[leaf].shape[1:] != stored.shape[1:] or fresh[leaf].dtype != stored.dtype:
+                    raise SkippedActivation("outputs have another shape now", frozenset())
                 whole[torch.tensor(there, device=whole.device)] = stored
                 whole[torch.tensor(missing, device=whole.device)] = fresh[leaf]
                 stored = whole
-            found[leaf] = stored
+            found[leaf] = layout.arranged(stored)
         return found
 
     def _shaped(self, space: bytes, call: Call) -> dict[int, Output]:
@@ -257,21 +301,44 @@ class PrefixCache:
             for position, leaf in enumerate(output.leaves):
                 if isinstance(leaf, Layout) and (number, position) in self.fit.by_row:
                     shape = torch.Size((call.rows, *leaf.shape[1:]))
-                    leaf = Layout(shape, leaf.dtype, leaf.device)
+                    leaf = Layout(shape, leaf.dtype, leaf.device, leaf.order)
                 leaves.append(leaf)
             found[number] = Output(output.spec, tuple(leaves))
         return found
 
-    def _verify(self, call: Call, values: dict[Leaf, Tensor]) -> None:
-        if not self._unverified or self.store.dtype is not None:
+    def _verify(self, call: Call, values: dict[Leaf, Tensor], missing: Sequence[int]) -> None:
+        """Compare a few of the rows that were found with what the frozen part gives now."""
+        if not self._unverified or len(missing) == call.rows:
             return
         self._unverified = False
         assert self.fit is not None
-        now = self.replayed.collect(call, range(call.rows), self.fit.needed)
+        absent = set(missing)
+        there = [row for row in range(call.rows) if row not in absent]
+        rows = [there[0], there[-1]] if len(there) > 1 else there
+        now = self.replayed.collect(call, rows, self.fit.needed)
+        tolerance = tolerance_of(self.replayed.prefix.skipped)
+        if self.store.dtype is not None:
+            tolerance = max(tolerance, _ROUNDED)
         for leaf, value in values.items():
-            if not close(value, now.values[leaf]):
-                self.store.clear()
+            if not close(value[rows], now.values[leaf], tolerance):
                 raise SkippedActivation("the frozen part gives something else now", frozenset())
+
+
+def _plain(outputs: dict[int, Output] | None) -> Any:
+    """What skipped calls return beside tensors."""
+    if outputs is None:
+        return None
+    return [
+        (number, position, type(leaf), leaf)
+        for number, output in outputs.items()
+        for position, leaf in enumerate(output.leaves)
+        if not isinstance(leaf, Layout)
+    ]
+
+
+def _transformed() -> bool:
+    """Whether the call is inside of `torch.func.grad`, `vmap` and the like."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _because(error: Exception) -> str:

@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import TreeSpec, tree_leaves
 
 from lightning_freeze.cache.calls import foreign_hooks
-from lightning_freeze.cache.keys import Call
-from lightning_freeze.cache.replay import Output, Replay, aside
+from lightning_freeze.cache.content import version_of
+from lightning_freeze.cache.keys import Call, autocasts
+from lightning_freeze.cache.replay import Output, Replay
+from lightning_freeze.cache.sideways import aside, random_state, set_random_state
 from lightning_freeze.cache.skipped import Leaf, SkippedActivation
 
 _MOST_OUTPUTS = 8
 _PLAIN = (type(None), bool, int, float, complex, str)
-# of the largest value: what another batch size may change by rounding
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3}
+# of the largest value: what another batch size may change by rounding; on accelerators other
+# algorithms are chosen, with TF32
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ON_ACCELERATORS = 2e-3
 _COARSE = 5e-2
 
 
@@ -43,39 +48,82 @@ class Fit:
         batched: positions of the arguments with a row per sample.
         by_row: tensors among the skipped calls' outputs that have a row per sample.
         rows: samples that it was tried with.
+        spec: the tree of arguments that it was tried with.
+        outside: tensors that it reads beside its arguments and its layers' own.
     """
 
     needed: frozenset[Leaf]
     batched: tuple[int, ...]
     by_row: frozenset[Leaf]
     rows: int
+    spec: TreeSpec
+    outside: tuple[Tensor, ...]
 
 
 class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the tensors that are made while a skipped call runs."""
+    """Notes tensors that are made while a skipped call runs, and what is read from elsewhere.
 
-    def __init__(self) -> None:
+    Args:
+        known: tensors that may be read.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.inside: int | None = None
         self.made: list[tuple[int, weakref.ref[Tensor]]] = []
+        self.outside: dict[int, Tensor] = {}
+        self.numbers = False
+        self.over = False
+        self._known = {id(tensor): weakref.ref(tensor) for tensor in known}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.over:
+            return result
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and not self._knows(leaf):
+                self.outside[id(leaf)] = leaf
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self._known.update((id(tensor), weakref.ref(tensor)) for tensor in made)
         if self.inside is not None:
-            made = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
             self.made += [(self.inside, weakref.ref(tensor)) for tensor in made]
+            self.numbers |= func is torch.ops.aten._local_scalar_dense.default
         return result
+
+    def _knows(self, tensor: Tensor) -> bool:
+        ref = self._known.get(id(tensor))
+        return ref is not None and ref() is tensor
+
+
+@contextmanager
+def _written() -> Iterator[list[nn.Module]]:
+    """Modules of which an attribute is set, be it to what it was."""
+    found: list[nn.Module] = []
+    original = nn.Module.__setattr__
+
+    def noted(self: nn.Module, name: str, value: Any) -> None:
+        found.append(self)
+        original(self, name, value)
+
+    nn.Module.__setattr__ = noted  # type: ignore[method-assign, assignment]
+    try:
+        yield found
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
 
 
 class _Watch:
     """Keeps what skipped calls return in a real call, and what changes while they run."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, call: Call) -> None:
         self.scope = replay.prefix.scope
         self.modules = replay.modules
-        self.births = _Births()
+        self.last = len(replay.prefix.skipped) - 1
+        own = [t for m in replay.prefix.skipped for t in (*m.parameters(), *m.buffers())]
+        given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
+        self.births = _Births([*own, *given])
         self.outputs: dict[int, Output] = {}
         self.values: dict[Leaf, Tensor] = {}
         self.random: list[Any] = []
@@ -86,10 +134,12 @@ class _Watch:
         before = _state(module)
         self.births.inside = number
         try:
-            result = original(*arguments[0], **arguments[1])
+            with _written() as written:
+                result = original(*arguments[0], **arguments[1])
         finally:
             self.births.inside = None
-        if before != _state(module):
+            self.births.over = number == self.last
+        if before != _state(module) or set(written) & set(module.modules()):
             self._is(f"a frozen {type(module).__name__} changes itself as it is called")
         self.outputs[number], leaves = Output.of(result)
         for position, leaf in enumerate(leaves):
@@ -100,7 +150,9 @@ class _Watch:
                 self.values[number, position] = leaf.detach().clone()
             elif not isinstance(leaf, _PLAIN):
                 self._is(f"a frozen layer returns a {type(leaf).__name__}")
-        self.random = _random(self.scope)
+            elif leaf is not None and (self.births.numbers or isinstance(leaf, (float, complex))):
+                self._is("a frozen layer returns a number that depends on the samples")
+        self.random = random_state(self.scope)
         return result
 
     def _is(self, reason: str) -> None:
@@ -116,19 +168,20 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
     scope = replay.prefix.scope
     if any(foreign_hooks(module) for module in scope.modules()):
         return replay.plain(call), Unfit(f"there are hooks on layers in {type(scope).__name__}")
-    watch = _Watch(replay)
+    watch = _Watch(replay, call)
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
-    versions = [tensor._version for tensor in tensors]
-    random = _random(scope)
+    versions = [version_of(tensor) for tensor in tensors]
+    random = random_state(scope)
     with watch.births:
         result = replay.watched(call, watch)
     if watch.unfit is not None:
         return result, watch.unfit
     try:
-        if versions != [tensor._version for tensor in tensors]:
+        if versions != [version_of(tensor) for tensor in tensors]:
             raise Unfit("the frozen part changes its input in place")
         if watch.random != random:
             raise Unfit("the frozen part draws random numbers")
+        _check_outside(replay, watch)
         return result, _find(replay, call, watch, result, random)
     except Unfit as unfit:
         return result, unfit
@@ -138,13 +191,21 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     by_row = frozenset(
         leaf for leaf, value in watch.values.items() if value.dim() and value.shape[0] == call.rows
     )
+    rows = list(range(1, call.rows, 2)) if call.rows > 2 else [call.rows - 1]
+    alone = _alone(replay, call, rows, by_row)
+    if len(rows) < call.rows:  # a table of positions may be as long as the batch
+        by_row = frozenset(
+            leaf
+            for leaf in by_row
+            if alone[leaf].dim() and alone[leaf].shape[0] == len(rows)
+        )
     replay.free = frozenset(number for number, _ in watch.values.keys() - by_row)
     needed: frozenset[Leaf] = frozenset()
     while True:
         values = {leaf: watch.values[leaf].clone() for leaf in needed}
         try:
             with aside(replay.prefix.scope):
-                _set_random(replay.prefix.scope, random)
+                set_random_state(replay.prefix.scope, random)
                 result = replay.replay(call, watch.outputs, values)
             break
         except SkippedActivation as missed:
@@ -164,9 +225,22 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
         raise Unfit("leaving it out gives another result")
     del result, values
     _check_kept(watch, real, needed, replay.free)
-    if call.rows > 1:
-        _check_rows(replay, call, watch, needed)
-    return Fit(needed, call.batched, by_row, call.rows)
+    _check_rows(replay, watch, needed, rows, alone)
+    outside = tuple(watch.births.outside.values())
+    return Fit(needed, call.batched, by_row, call.rows, call.spec, outside)
+
+
+def _check_outside(replay: Replay, watch: _Watch) -> None:
+    """What the frozen part reads beside its input has to be under observation."""
+    scope, around = replay.prefix.scope, replay.prefix.around
+    within = {id(t) for t in (*scope.parameters(), *scope.buffers())}
+    inner = (m for module in replay.prefix.skipped for m in module.modules())
+    within |= {id(t) for m in (*around, *inner) for t in vars(m).values() if isinstance(t, Tensor)}
+    for tensor in watch.births.outside.values():
+        if tensor.requires_grad:
+            raise Unfit("it reads a parameter that trains")
+        if id(tensor) not in within:
+            raise Unfit("it reads a tensor that is neither an argument nor of the model")
 
 
 def _check_kept(watch: _Watch, real: Any, needed: Iterable[Leaf], free: frozenset[int]) -> None:
@@ -206,21 +280,52 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _check_rows(replay: Replay, call: Call, watch: _Watch, needed: frozenset[Leaf]) -> None:
-    rows = list(range(1, call.rows, 2)) if call.rows > 2 else [1]
+def _alone(
+    replay: Replay, call: Call, rows: Sequence[int], wanted: frozenset[Leaf]
+) -> dict[Leaf, Tensor]:
+    """The prefix for some of the samples. Twice: what draws from anywhere isn't the same again."""
     try:
         with aside(replay.prefix.scope):
-            alone = replay.collect(call, rows, needed)
+            first = replay.collect(call, rows, wanted)
+            again = replay.collect(call, rows, wanted)
     except Exception as error:
         raise Unfit(f"it can't run for some samples alone: {error}") from None
+    for leaf, value in first.values.items():
+        same = close if value.is_cuda else _equal
+        if value.shape != again.values[leaf].shape or not same(value, again.values[leaf]):
+            raise Unfit("it gives something else each time")
+    return first.values
+
+
+def _check_rows(
+    replay: Replay,
+    watch: _Watch,
+    needed: frozenset[Leaf],
+    rows: Sequence[int],
+    alone: dict[Leaf, Tensor],
+) -> None:
+    tolerance = tolerance_of(replay.prefix.skipped)
     for leaf in needed:
-        got, whole = alone.values[leaf], watch.values[leaf][rows]
-        if not close(got, whole):
+        if not close(alone[leaf], watch.values[leaf][rows], tolerance):
             raise Unfit("the samples of a batch influence each other in it")
 
 
-def close(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are the same but for rounding."""
+def tolerance_of(modules: Iterable[nn.Module]) -> float:
+    """What another batch size may change by rounding, at least."""
+    narrow = (torch.bfloat16, torch.float16)
+    if autocasts() or any(p.dtype in narrow for m in modules for p in m.parameters()):
+        return _COARSE
+    return 0.0
+
+
+def close(one: Tensor, other: Tensor, tolerance: float = 0.0) -> bool:
+    """Whether two outputs are the same but for rounding.
+
+    Args:
+        one: an output.
+        other: another one.
+        tolerance: in units of the largest value; more where their type needs it.
+    """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.numel() or torch.equal(one, other):
@@ -228,8 +333,11 @@ def close(one: Tensor, other: Tensor) -> bool:
     if not one.dtype.is_floating_point:
         return False
     scale = other.abs().nan_to_num(0.0).max()
-    tolerance = _TOLERANCE.get(one.dtype, _COARSE) * float(scale)
-    return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True))
+    tolerance = max(tolerance, _TOLERANCE.get(one.dtype, _COARSE))
+    if one.device.type != "cpu" and one.dtype != torch.float64:
+        tolerance = max(tolerance, _ON_ACCELERATORS)
+    atol = tolerance * float(scale)
+    return bool(torch.allclose(one, other, rtol=0.0, atol=atol, equal_nan=True))
 
 
 def _same(one: Any, other: Any, depth: int = 4) -> bool:
@@ -277,19 +385,3 @@ def _state(module: nn.Module) -> list[Any]:
                 found.append((name, len(value)))
         found += [(id(b), b._version) for b in inner._buffers.values() if b is not None]
     return found
-
-
-def _random(module: nn.Module) -> list[Any]:
-    state = [torch.get_rng_state().numpy().tobytes()]
-    return state + [torch.cuda.get_rng_state(d).numpy().tobytes() for d in _devices(module)]
-
-
-def _set_random(module: nn.Module, state: list[Any]) -> None:
-    here, *there = (torch.frombuffer(bytearray(one), dtype=torch.uint8) for one in state)
-    torch.set_rng_state(here)
-    for device, one in zip(_devices(module), there):
-        torch.cuda.set_rng_state(one, device)
-
-
-def _devices(module: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in module.parameters() if p.is_cuda})

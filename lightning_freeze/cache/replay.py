@@ -8,6 +8,7 @@ is called as it is.
 
 from __future__ import annotations
 
+import copy
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -86,37 +87,32 @@ class Replay:
         self._answers: dict[int, Any] = {}
         self._next = 0
         self._watch: Callable[[int, Any, Any], Any] | None = None
-        self._kept: list[nn.Module] = []
+        self._entry: Entry | None = None
+        self._handler: Callable[..., Any] = self._scoped
 
     # -- installing
 
     def install(self, handler: Callable[..., Any]) -> None:
         """Have the scope's calls go to `handler(*args, **kwargs)`."""
-        for module in dict.fromkeys(self.modules):
-            self._originals[id(module)] = module.forward
-            if module is not self.prefix.scope:
-                module.__dict__["forward"] = self._standing_in(module, module.forward)
-                self._kept.append(module)
         scope = self.prefix.scope
-        self._originals[id(scope)] = original = scope.forward
-
-        def scoped(*args: Any, **kwargs: Any) -> Any:
-            if self._mode != PLAIN:  # it calls itself
-                return original(*args, **kwargs)
-            return handler(*args, **kwargs)
-
-        scope.__dict__["forward"] = scoped
-        self._kept.append(scope)
+        self._handler = handler
+        self._originals = {id(m): m.forward for m in dict.fromkeys(self.modules)}
+        self._originals[id(scope)] = scope.forward
+        self._entry = scope.__dict__["forward"] = Entry(scope, scope.forward, self._scoped)
 
     def remove(self) -> None:
-        """Put the modules' own `forward` back."""
-        for module in self._kept:
-            original = self._originals[id(module)]
-            if getattr(original, "__self__", None) is module:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = original
-        self._kept = []
+        """Put the scope's own `forward` back."""
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return
+        entry.handler = None  # somebody may have wrapped it meanwhile
+        if vars(self.prefix.scope).get("forward") is entry:
+            _put(self.prefix.scope, entry.original)
+
+    def _scoped(self, *args: Any, **kwargs: Any) -> Any:
+        if self._mode != PLAIN:  # it calls itself
+            return self._original(*args, **kwargs)
+        return self._handler(*args, **kwargs)
 
     def _standing_in(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         inner = None if module in self.prefix.skipped else self.modules.index(module)
@@ -191,7 +187,11 @@ class Replay:
                     self._original(*args, **kwargs)
             except _Enough:
                 pass
+        if self._next != self._skipped:
+            raise SkippedActivation("not all of its layers are called", frozenset())
+        _wait(found.values)
         found.seconds = time.perf_counter() - began
+        self._collected = Collected()
         return found
 
     def replay(self, call: Call, outputs: dict[int, Output], values: dict[Leaf, Tensor]) -> Any:
@@ -207,6 +207,7 @@ class Replay:
                 somewhere when the call is over.
         """
         made: list[weakref.ref[Skipped]] = []
+        SkippedActivation.last = None
         self._answers = {
             number: _answer(number, output, values) for number, output in outputs.items()
         }
@@ -219,9 +220,15 @@ class Replay:
                     result = self._answer(args, kwargs)
                 else:
                     result = self._original(*args, **kwargs)
+            caught = SkippedActivation.last
         finally:
             Skipped.births = None
             self._answers = {}
+            SkippedActivation.last = None
+        if caught is not None:
+            raise SkippedActivation(str(caught), caught.leaves)
+        if self._next != self._skipped:
+            raise SkippedActivation("not all of its layers are called", frozenset())
         left = frozenset().union(*(s.leaves for s in stand_ins(result)))
         if left:
             raise SkippedActivation("the result is made of them", left)
@@ -233,9 +240,16 @@ class Replay:
     @contextmanager
     def _in(self, mode: str) -> Iterator[None]:
         self._mode, self._next = mode, 0
+        scope = self.prefix.scope
+        inner = [module for module in dict.fromkeys(self.modules) if module is not scope]
+        # layers are replaced only for as long as the call takes: nobody copies them meanwhile
+        for module in inner:
+            module.__dict__["forward"] = self._standing_in(module, self._originals[id(module)])
         try:
             yield
         finally:
+            for module in inner:
+                _put(module, self._originals[id(module)])
             self._mode = PLAIN
 
     def _answer(self, args: Any, kwargs: Any) -> Any:
@@ -270,6 +284,51 @@ class Replay:
         return result
 
 
+class Entry:
+    """What stands for a module's `forward`. Copies of the module have their own instead."""
+
+    def __init__(
+        self, module: nn.Module, original: Callable[..., Any], handler: Callable[..., Any]
+    ) -> None:
+        self.module = module
+        self.original = original
+        self.handler: Callable[..., Any] | None = handler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module is called now."""
+        return (self.handler or self.original)(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """What the copy of the module would have without a cache."""
+        return copy.deepcopy(self.original, memo)
+
+    def __reduce__(self) -> Any:
+        """The same, for pickle."""
+        if _bound(self.original, self.module):
+            return getattr, (self.module, "forward")
+        return _itself, (self.original,)
+
+
+def _itself(function: Any) -> Any:
+    return function
+
+
+def _bound(function: Any, module: nn.Module) -> bool:
+    return getattr(function, "__self__", None) is module
+
+
+def _put(module: nn.Module, original: Callable[..., Any]) -> None:
+    if _bound(original, module):
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = original
+
+
+def _wait(values: dict[Leaf, Tensor]) -> None:
+    for device in {value.device for value in values.values() if value.is_cuda}:
+        torch.cuda.synchronize(device)
+
+
 def _answer(number: int, output: Output, values: dict[Leaf, Tensor]) -> Any:
     leaves = []
     for position, leaf in enumerate(output.leaves):
@@ -279,48 +338,3 @@ def _answer(number: int, output: Output, values: dict[Leaf, Tensor]) -> Any:
         else:
             leaves.append(leaf)
     return tree_unflatten(leaves, output.spec)
-
-
-@contextmanager
-def undone(scope: nn.Module) -> Iterator[Callable[[], None]]:
-    """A function that puts random generators and a module's buffers back to what they are now."""
-    devices = sorted({p.device.index for p in scope.parameters() if p.is_cuda})
-    state = torch.get_rng_state()
-    on_devices = [torch.cuda.get_rng_state(device) for device in devices]
-    kept = [
-        (module, name, buffer, buffer.clone())
-        for module in scope.modules()
-        if module.training
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-
-    def undo() -> None:
-        torch.set_rng_state(state)
-        for device, there in zip(devices, on_devices):
-            torch.cuda.set_rng_state(there, device)
-        with torch.no_grad():
-            for module, name, buffer, copy in kept:
-                module._buffers[name] = buffer
-                buffer.copy_(copy)
-
-    yield undo
-
-
-@contextmanager
-def aside(scope: nn.Module) -> Iterator[None]:
-    """Calls in the block draw from other random generators and write to other buffers.
-
-    The buffers themselves stay as they are, to the version: a graph may have saved them.
-    """
-    devices = sorted({p.device.index for p in scope.parameters() if p.is_cuda})
-    buffers = [(module, dict(module._buffers)) for module in scope.modules() if module.training]
-    with torch.random.fork_rng(devices):
-        for module, own in buffers:
-            for name, buffer in own.items():
-                module._buffers[name] = None if buffer is None else buffer.clone()
-        try:
-            yield
-        finally:
-            for module, own in buffers:
-                module._buffers.update(own)

@@ -40,23 +40,43 @@ class SkippedActivation(Exception):
         leaves: the outputs of skipped modules that it would be made of.
     """
 
+    # the last one in a replay: a model may catch it
+    last: ClassVar[SkippedActivation | None] = None
+
     def __init__(self, what: str, leaves: frozenset[Leaf]) -> None:
         super().__init__(what)
         self.leaves = leaves
+        SkippedActivation.last = self
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What is known of a tensor without its values."""
+    """What is known of a tensor without its values.
+
+    Attributes:
+        order: its dimensions, from the one with the widest steps in memory on; None as usual.
+    """
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    order: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
         """The layout of a tensor."""
-        return cls(tensor.shape, tensor.dtype, tensor.device)
+        order = None
+        if not tensor.is_contiguous():
+            strides = tensor.stride()
+            order = tuple(sorted(range(tensor.dim()), key=lambda d: (-strides[d], d)))
+        return cls(tensor.shape, tensor.dtype, tensor.device, order)
+
+    def arranged(self, tensor: Tensor) -> Tensor:
+        """A tensor with its dimensions in this order in memory, such as channels last."""
+        if self.order is None:
+            return tensor
+        back = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return tensor.permute(self.order).contiguous().permute(back)
 
 
 class Skipped(Tensor):

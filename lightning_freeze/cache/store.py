@@ -144,6 +144,13 @@ class RowStore:
             dtype = self.dtype if self.dtype and rows.dtype.is_floating_point else rows.dtype
             size = max(1, rows[0].numel() * dtype.itemsize)
             shelf = self._shelves[space] = _Shelf(tuple(rows.shape[1:]), dtype, size)
+        dtype = self.dtype if self.dtype and rows.dtype.is_floating_point else rows.dtype
+        if shelf.shape != tuple(rows.shape[1:]) or shelf.dtype != dtype:
+            raise ValueError(f"rows of {shelf.shape} and of {tuple(rows.shape[1:])} for one name")
+        if dtype == torch.float16 and rows.dtype != dtype and rows.numel():
+            largest = rows[rows.isfinite()].abs()
+            if largest.numel() and float(largest.max()) > torch.finfo(dtype).max:
+                raise ValueError("float16 is too narrow for its values: write bfloat16")
         new = {key: position for position, key in enumerate(keys) if key not in shelf.places}
         if len(new) < len(keys):
             keys = list(new)

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_freeze.cache.calls import Node, Prefix, find_prefix, traced
+from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
 from lightning_freeze.cache.prefix_cache import CacheStats, PrefixCache
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
 from lightning_freeze.callbacks._session import session_of
@@ -20,6 +20,8 @@ from lightning_freeze.errors import ArgumentError
 _SELDOM = 0.1
 # seconds that may be lost before it is a reason
 _LOST = 1.0
+# in a fit, where few samples are found
+_MOST_PLANS = 100
 
 
 class FrozenFeatureCache(Callback):
@@ -82,6 +84,18 @@ class FrozenFeatureCache(Callback):
         """For pickling and copying: without the fit that it takes part in."""
         return {**vars(self), "_run": None}
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second one.
+
+        Raises:
+            ArgumentError: there are several among the trainer's callbacks.
+        """
+        several = [c for c in _callbacks_of(trainer) if isinstance(c, FrozenFeatureCache)]
+        if len(several) > 1:
+            raise ArgumentError(
+                f"The trainer has {len(several)} FrozenFeatureCache callbacks. Write one."
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with an empty cache."""
         self.stats = CacheStats()
@@ -117,7 +131,7 @@ class FrozenFeatureCache(Callback):
     ) -> None:
         """Samples of the validation set come back, too."""
         if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
-            self._run.begin(may_plan=False)
+            self._run.begin(may_plan=False, first=batch_idx == 0)
 
     def on_validation_batch_end(
         self,
@@ -159,6 +173,11 @@ class FrozenFeatureCache(Callback):
             self._run = None
 
 
+def _callbacks_of(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 class _Run:
     """One fit."""
 
@@ -178,12 +197,25 @@ class _Run:
         self._tracing: AbstractContextManager[Node] | None = None
         self._epoch_hits = (0, 0)
         self._whole_epochs = 0
+        self._plans = 0
+        self._validated = False
 
-    def begin(self, *, may_plan: bool) -> None:
-        """Before a batch."""
+    def begin(self, *, may_plan: bool, first: bool = False) -> None:
+        """Before a batch.
+
+        Args:
+            may_plan: whether it is one of the training.
+            first: of a validation. Weights are exchanged for it, and back.
+        """
         self.end()  # a batch that was broken off
         if self.stats.aside:
             return
+        if first or (may_plan and self._validated):
+            self._validated = first
+            if self.cache is not None and self.cache.fit is not None:
+                self.cache.verify_next()
+                if self.stats.aside:
+                    return
         flags = bytes(p.requires_grad for p in self._parameters)
         if flags != self._flags:
             if not may_plan:
@@ -193,6 +225,9 @@ class _Run:
         if self.cache is not None:
             self.cache.replayed.install(self.cache)
         elif self._tree is None and may_plan:
+            if any(is_compiled(module) for module in self.module.modules()):
+                self._aside("the model is compiled")
+                return
             self._tracing = traced(self.module)
             self._traced = self._tracing.__enter__()
 
@@ -203,8 +238,12 @@ class _Run:
         if self._tracing is not None:
             tracing, self._tracing = self._tracing, None
             tracing.__exit__(None, None, None)
-            self._tree = self._traced
+            # nothing was called in it, such as where a step is skipped
+            self._tree = self._traced if self._traced.children else None
             self._plan()
+        if self.stats.aside:
+            self.cache = None
+            self.store.clear()
 
     def stop(self) -> None:
         """After the fit."""
@@ -220,6 +259,7 @@ class _Run:
 
     def epoch_ends(self) -> None:
         """Step aside where samples don't come back."""
+        self.end()
         if self.cache is None or self.cache.fit is None:
             return
         self._whole_epochs = 0 if self.cache.forgot else self._whole_epochs + 1
@@ -236,8 +276,12 @@ class _Run:
 
     def _plan(self) -> None:
         """Find out what can be left out now."""
-        self.cache, self._whole_epochs = None, 0
+        old, self.cache, self._whole_epochs = self.cache, None, 0
         if self._tree is None:
+            return
+        self._plans += 1
+        if self._plans > _MOST_PLANS and self.stats.hits < self.stats.misses:
+            self._aside("what is frozen changes too often")
             return
         prefix, reason = find_prefix(self._tree)
         if reason and reason not in self._said:
@@ -246,6 +290,7 @@ class _Run:
             rank_zero_warn(f"FrozenFeatureCache {does}: {reason}.")
         if prefix is None:
             self.stats.skipped = ""
+            self.store.clear()
             return
         later = self._later(prefix)
         self.cache = PrefixCache(
@@ -257,6 +302,10 @@ class _Run:
             self._samples,
             self._aside,
         )
+        # rows are worth something as long as what made them has been under observation
+        known = old is not None and old.fit is not None and old.content.covers(self.cache.content)
+        if old is None or not known or old.content.changed(all_bytes=True):
+            self.store.clear()
         names = [self._names[m] or type(m).__name__ for m in prefix.skipped]
         self.stats.skipped = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
