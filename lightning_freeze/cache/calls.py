@@ -102,7 +102,7 @@ def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, st
     for top in root.children:
         nodes: list[Node] = []
         stop = _lead(top, trains, nodes)
-        reason = reason or _reason(stop, trains)
+        reason = reason or _reason(top, stop, trains)
         if not any(_holds_weights(node.module) for node in nodes):
             continue
         seconds = sum(node.seconds for node in nodes)
@@ -142,12 +142,20 @@ def _lead(node: Node, trains: Trains, found: list[Node]) -> Node | None:
     return node
 
 
-def _reason(stop: Node | None, trains: Trains) -> str:
-    """Why a prefix ends where it does; "" if something trains there."""
+def _reason(top: Node, stop: Node | None, trains: Trains) -> str:
+    """Why a prefix ends where it does; "" if what trains comes next."""
     if stop is None or stop.module is None:
         return ""
     if any(trains(p) for p in stop.module.parameters()):
         return ""
+    behind = False
+    for node in top.walk():
+        behind = behind or node is stop
+        own = () if node.module is None else node.module._parameters.values()
+        if behind and any(p is not None for p in own):
+            if any(p is not None and trains(p) for p in own):
+                return ""
+            break
     why = obstacle(stop.module, trains)
     return f"it ends before a {type(stop.module).__name__}, which isn't trained, but {why}"
 

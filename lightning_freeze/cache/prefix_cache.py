@@ -70,6 +70,7 @@ class PrefixCache:
         later: modules whose output a later stage will need, soonest first.
         samples: rows of a batch -> about how many samples will be seen in an epoch.
         step_aside: is told why nothing is cached any more.
+        before: under whose observation the rows in the store were made.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class PrefixCache:
         later: Sequence[nn.Module] = (),
         samples: Callable[[int], float] = lambda rows: float("inf"),
         step_aside: Callable[[str], None] = lambda reason: None,
+        before: Content | None = None,
     ) -> None:
         self.store = store
         self.stats = stats
@@ -102,12 +104,21 @@ class PrefixCache:
         self._ran = 0.0
         self._forgotten = 0
         self.content = Content(prefix.skipped, prefix.around)
+        self._before = before
+        self._trust(all_bytes=True)
 
     @property
     def keeps(self) -> frozenset[Leaf]:
         """Outputs that are kept: those needed now and those of later stages."""
         assert self.fit is not None
         return self.fit.needed.union(self._later if self._chosen is None else self._chosen)
+
+    def _trust(self, *, all_bytes: bool = False) -> None:
+        """Forget rows unless what makes them was under observation and hasn't changed."""
+        before = self._before
+        if before is None or not before.covers(self.content) or before.changed(all_bytes=all_bytes):
+            self._before = None
+            self.store.clear()
 
     def verify_next(self) -> None:
         """At an epoch's start: compare all bytes of the frozen part with what they were.
@@ -150,7 +161,8 @@ class PrefixCache:
                 if found.outside:
                     prefix = self.replayed.prefix
                     self.content = Content(prefix.skipped, prefix.around, found.outside)
-                    self.store.clear()
+                    self._trust()
+                self._before = None
                 self._make_room()
             return result
         if call.spec != self.fit.spec:

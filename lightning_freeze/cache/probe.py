@@ -73,16 +73,18 @@ class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.made: list[tuple[int, weakref.ref[Tensor]]] = []
         self.outside: dict[int, Tensor] = {}
         self.numbers = False
-        self.over = False
+        self.paused = False
         self._known = {id(tensor): weakref.ref(tensor) for tensor in known}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.over:
+        if self.paused:
             return result
-        for leaf in tree_leaves((args, kwargs)):
+        # a literal in the code comes into being with `lift_fresh`
+        given = () if func is torch.ops.aten.lift_fresh.default else tree_leaves((args, kwargs))
+        for leaf in given:
             if isinstance(leaf, Tensor) and not self._knows(leaf):
                 self.outside[id(leaf)] = leaf
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -132,13 +134,13 @@ class _Watch:
     def __call__(self, number: int, original: Any, arguments: Any) -> Any:
         module = self.modules[number]
         before = _state(module)
-        self.births.inside = number
+        self.births.inside, self.births.paused = number, False
         try:
             with _written() as written:
                 result = original(*arguments[0], **arguments[1])
         finally:
             self.births.inside = None
-            self.births.over = number == self.last
+            self.births.paused = True
         if before != _state(module) or set(written) & set(module.modules()):
             self._is(f"a frozen {type(module).__name__} changes itself as it is called")
         self.outputs[number], leaves = Output.of(result)
@@ -153,6 +155,7 @@ class _Watch:
             elif leaf is not None and (self.births.numbers or isinstance(leaf, (float, complex))):
                 self._is("a frozen layer returns a number that depends on the samples")
         self.random = random_state(self.scope)
+        self.births.paused = number == self.last
         return result
 
     def _is(self, reason: str) -> None:

@@ -83,6 +83,7 @@ def aside(scope: nn.Module) -> Iterator[None]:
     The buffers themselves stay as they are, to the version: a graph may have saved them.
     """
     state = random_state(scope)
+    own_generators = [(one, _generator_state(one)) for one in _generators(scope)]
     buffers = [(module, dict(module._buffers)) for module in scope.modules() if module._buffers]
     attributes = [(vars(m), _attributes(m)) for m in scope.modules()]
     for module, own in buffers:
@@ -97,10 +98,34 @@ def aside(scope: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_random_state(scope, state)
+        for one, where in own_generators:
+            _set_generator(one, where)
         for module, own in buffers:
             module._buffers.update(own)
         for owner, values in attributes:
             _restore(owner, values)
+
+
+def _generators(scope: nn.Module) -> list[Any]:
+    """Random generators that modules keep for themselves."""
+    return [v for m in scope.modules() for v in vars(m).values() if _generator_state(v) is not None]
+
+
+def _generator_state(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    return getattr(getattr(value, "bit_generator", None), "state", None)
+
+
+def _set_generator(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:

@@ -301,11 +301,8 @@ class _Run:
             later,
             self._samples,
             self._aside,
+            None if old is None or old.fit is None else old.content,
         )
-        # rows are worth something as long as what made them has been under observation
-        known = old is not None and old.fit is not None and old.content.covers(self.cache.content)
-        if old is None or not known or old.content.changed(all_bytes=True):
-            self.store.clear()
         names = [self._names[m] or type(m).__name__ for m in prefix.skipped]
         self.stats.skipped = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
