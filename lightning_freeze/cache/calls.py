@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
+from torch.utils._pytree import tree_leaves
 
 from lightning_freeze.audit.moods import minds_its_mode
 
@@ -22,11 +23,16 @@ Trains = Callable[[nn.Parameter], bool]
 
 @dataclass
 class Node:
-    """One call of a module, and the calls inside it."""
+    """One call of a module, and the calls inside it.
+
+    Attributes:
+        grad: whether its output needed a gradient.
+    """
 
     module: nn.Module | None
     children: list[Node] = field(default_factory=list)
     seconds: float = 0.0
+    grad: bool = False
 
     def walk(self) -> Iterator[Node]:
         """This call and all inside, in order."""
@@ -52,7 +58,10 @@ def traced(model: nn.Module) -> Iterator[Node]:
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         if module in known and len(open_nodes) > 1:
-            open_nodes.pop().seconds = time.perf_counter() - began.pop()
+            node = open_nodes.pop()
+            node.seconds = time.perf_counter() - began.pop()
+            tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+            node.grad = any(tensor.requires_grad for tensor in tensors)
 
     handles = [
         torch_modules.register_module_forward_pre_hook(enter),
@@ -132,7 +141,9 @@ def _holds_weights(module: nn.Module | None) -> bool:
 
 def _lead(node: Node, trains: Trains, found: list[Node]) -> Node | None:
     """Add the calls at its beginning that can be skipped; returns the first that can't."""
-    if obstacle(node.module, trains) is None:
+    # what has no weights may work on what trains: parametrizations do
+    on_trained = node.grad and not _holds_weights(node.module)
+    if obstacle(node.module, trains) is None and not on_trained:
         found.append(node)
         return None
     for child in node.children:
@@ -157,6 +168,8 @@ def _reason(top: Node, stop: Node | None, trains: Trains) -> str:
                 return ""
             break
     why = obstacle(stop.module, trains)
+    if why is None:
+        return ""
     return f"it ends before a {type(stop.module).__name__}, which isn't trained, but {why}"
 
 

@@ -58,6 +58,7 @@ class Content:
         self._versions = [version_of(t) for t in self._tensors]
         self._digests = _digests(self._tensors)
         self._attributes = list(self._read())
+        self._generation = 0
 
     def usable(self) -> bool:
         """False where something trains, is in train mode, is hooked into or was exchanged."""
@@ -116,8 +117,14 @@ class Content:
             except Exception:  # arrays and tensors have no truth value
                 pass
             self._attributes = list(self._read())
+            self._generation += 1
             return True
         return False
+
+    @property
+    def name(self) -> bytes:
+        """Of what it is made of now; the same again where all tensors are what they were."""
+        return b"|".join((*self._digests, str(self._generation).encode()))
 
     def _read(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], None]]:
         """Attributes of the modules, and of what they hold, such as a config."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from lightning_freeze.cache.calls import Prefix
 from lightning_freeze.cache.content import Content
 from lightning_freeze.cache.keys import Call, Unkeyable
 from lightning_freeze.cache.probe import Fit, Unfit, close, probe, tolerance_of
+from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.replay import Output, Replay
 from lightning_freeze.cache.sideways import undone
 from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
@@ -27,6 +30,7 @@ _ROUNDED = 5e-2
 _MOST_CHANGES = 8
 # shapes that batches are padded to, and the like
 _MOST_SPACES = 10_000
+_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -70,7 +74,7 @@ class PrefixCache:
         later: modules whose output a later stage will need, soonest first.
         samples: rows of a batch -> about how many samples will be seen in an epoch.
         step_aside: is told why nothing is cached any more.
-        before: under whose observation the rows in the store were made.
+        before: the cache that made the rows in the store.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class PrefixCache:
         later: Sequence[nn.Module] = (),
         samples: Callable[[int], float] = lambda rows: float("inf"),
         step_aside: Callable[[str], None] = lambda reason: None,
-        before: Content | None = None,
+        before: PrefixCache | None = None,
     ) -> None:
         self.store = store
         self.stats = stats
@@ -95,7 +99,13 @@ class PrefixCache:
         self._over = False
         inner = [module for module in later if module not in prefix.skipped]
         self.replayed = Replay(prefix, inner)
-        self._names = [names[module] for module in self.replayed.modules]
+        # the second call of a module has rows of its own
+        called: Counter[nn.Module] = Counter()
+        self._names = []
+        for module in self.replayed.modules:
+            again = f" #{called[module]}" if called[module] else ""
+            self._names.append(names[module] + again)
+            called[module] += 1
         self._later = [(self.replayed.modules.index(module), 0) for module in later]
         self._outputs: dict[bytes, dict[int, Output]] = {}
         self._per_row = 0.0
@@ -104,7 +114,12 @@ class PrefixCache:
         self._ran = 0.0
         self._forgotten = 0
         self.content = Content(prefix.skipped, prefix.around)
+        # between frozen layers these may do something else in train mode
+        self._minding = [
+            (names[m], m) for m in prefix.around if "training" in names_read(type(m))
+        ]
         self._before = before
+        self._began()
         self._trust(all_bytes=True)
 
     @property
@@ -113,11 +128,17 @@ class PrefixCache:
         assert self.fit is not None
         return self.fit.needed.union(self._later if self._chosen is None else self._chosen)
 
+    def _began(self) -> None:
+        """Rows are kept under a number that stands for what made them."""
+        self._number = next(_NUMBERS) if self._before is None else self._before._number
+        self._numbers = {self.content.name: self._number}
+
     def _trust(self, *, all_bytes: bool = False) -> None:
         """Forget rows unless what makes them was under observation and hasn't changed."""
-        before = self._before
+        before = None if self._before is None else self._before.content
         if before is None or not before.covers(self.content) or before.changed(all_bytes=all_bytes):
             self._before = None
+            self._began()
             self.store.clear()
 
     def verify_next(self) -> None:
@@ -135,7 +156,9 @@ class PrefixCache:
         """Tensors or modules were exchanged."""
         outside = () if self.fit is None else self.fit.outside
         self.content = Content(self.replayed.prefix.skipped, self.replayed.prefix.around, outside)
-        self._forget()
+        self._number = next(_NUMBERS)
+        self._numbers = {self.content.name: self._number}
+        self._let_go()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The scope's call."""
@@ -161,6 +184,7 @@ class PrefixCache:
                 if found.outside:
                     prefix = self.replayed.prefix
                     self.content = Content(prefix.skipped, prefix.around, found.outside)
+                    self._began()
                     self._trust()
                 self._before = None
                 self._make_room()
@@ -172,10 +196,23 @@ class PrefixCache:
     def _make_room(self) -> None:
         """Drop what only an earlier stage needed."""
         kept = {(self._names[number], leaf) for number, leaf in self.keeps}
-        self.store.keep(lambda place: place[1:] in kept)
+        self.store.keep(lambda place: place[2:] in kept)
 
     def _forget(self) -> None:
-        self.store.clear()
+        """The frozen part changed. Rows of before stay: averaged weights come and go."""
+        name = self.content.name
+        known = name in self._numbers
+        self._number = self._numbers.pop(name) if known else next(_NUMBERS)
+        self._numbers[name] = self._number
+        if known:
+            return
+        if len(self._numbers) > 2:
+            del self._numbers[next(iter(self._numbers))]
+        self._let_go()
+
+    def _let_go(self) -> None:
+        kept = set(self._numbers.values())
+        self.store.keep(lambda place: place[0] in kept)
         self.full = False
         self.forgot = True
         self._forgotten += 1
@@ -193,9 +230,8 @@ class PrefixCache:
             self._forget()
             if self._over:
                 return self.replayed.plain(call)
-        prefix = self.replayed.prefix
-        modes = "".join("t" if module.training else "e" for module in prefix.around)
-        space, keys = call.keys(modes)
+        modes = [name for name, module in self._minding if module.training]
+        space, keys = call.keys("|".join(modes))
         self._calls += 1
         self._unverified |= self._calls % _VERIFIED == 0
         missing: Sequence[int] = sorted(
@@ -222,8 +258,8 @@ class PrefixCache:
         self.stats.seconds_saved += self._per_row * (call.rows - len(missing)) - overhead
         return result
 
-    def _place(self, space: bytes, leaf: Leaf) -> tuple[bytes, str, int]:
-        return (space, self._names[leaf[0]], leaf[1])
+    def _place(self, space: bytes, leaf: Leaf) -> tuple[int, bytes, str, int]:
+        return (self._number, space, self._names[leaf[0]], leaf[1])
 
     def _compute(
         self, call: Call, space: bytes, keys: Sequence[bytes], missing: Sequence[int]

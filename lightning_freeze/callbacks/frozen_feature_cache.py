@@ -192,6 +192,7 @@ class _Run:
         self._names = {m: name for name, m in reversed(list(module.named_modules()))}
         self._parameters = list(module.parameters())
         self._flags = b""
+        self._traced_with = b""
         self._said: set[str] = set()
         self._tree: Node | None = None
         self._tracing: AbstractContextManager[Node] | None = None
@@ -220,6 +221,9 @@ class _Run:
         if flags != self._flags:
             if not may_plan:
                 return
+            # what has frozen since may not need a gradient any more
+            if any(was and not now for was, now in zip(self._traced_with, flags)):
+                self._tree = None
             self._flags = flags
             self._plan()
         if self.cache is not None:
@@ -228,6 +232,7 @@ class _Run:
             if any(is_compiled(module) for module in self.module.modules()):
                 self._aside("the model is compiled")
                 return
+            self._traced_with = flags
             self._tracing = traced(self.module)
             self._traced = self._tracing.__enter__()
 
@@ -301,7 +306,7 @@ class _Run:
             later,
             self._samples,
             self._aside,
-            None if old is None or old.fit is None else old.content,
+            None if old is None or old.fit is None else old,
         )
         names = [self._names[m] or type(m).__name__ for m in prefix.skipped]
         self.stats.skipped = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
