@@ -276,7 +276,9 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     parser.add_argument("--random", dest="weights", action="store_false", help="random weights")
     found = parser.parse_args(arguments)
     if found.epochs <= FILLING:
-        parser.error(f"--epochs: the first {FILLING} aren't counted, so write {FILLING + 1} or more")
+        parser.error(
+            f"--epochs: the first {FILLING} aren't counted, so write {FILLING + 1} or more"
+        )
     return Settings(**vars(found))
 
 

@@ -110,9 +110,10 @@ class Content:
         return changed
 
     def _attributes_changed(self) -> bool:
-        for owner, kept, size in self._attributes:
+        for owner, kept, size, absent in self._attributes:
             try:
-                if kept.items() <= owner.items() and (size is None or len(owner) == size):
+                same = kept.items() <= owner.items() and owner.keys().isdisjoint(absent)
+                if same and (size is None or len(owner) - ("forward" in owner) == size):
                     continue
             except Exception:  # arrays and tensors have no truth value
                 pass
@@ -126,13 +127,14 @@ class Content:
         """Of what it is made of now; the same again where all tensors are what they were."""
         return b"|".join((*self._digests, str(self._generation).encode()))
 
-    def _read(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], None]]:
+    def _read(self) -> Iterator[tuple[dict[str, Any], dict[str, Any], int | None, frozenset[str]]]:
         """Attributes of the modules, and of what they hold, such as a config."""
         seen: set[int] = set()
         for module in self._inner:
             yield from _kept(vars(module), None, seen)
         for module in self._around:
-            yield from _kept(vars(module), names_read(type(module)), seen)
+            kind: Any = type(module)
+            yield from _kept(vars(module), names_read(kind), seen)
 
 
 def _kept(owner: dict[str, Any], names: frozenset[str] | None, seen: set[int]) -> Iterator[Any]:
@@ -151,9 +153,11 @@ def _kept(owner: dict[str, Any], names: frozenset[str] | None, seen: set[int]) -
                 key: one.copy() if isinstance(one, (list, dict, set)) else one
                 for key, one in held.items()
             }
-            yield held, copies, len(held)
-    if kept:
-        yield owner, kept, None
+            yield held, copies, len(held) - ("forward" in held), frozenset()
+    if names is None:
+        yield owner, kept, len(owner) - ("forward" in owner), frozenset()
+    else:  # what stands in the class may be set on the module later
+        yield owner, kept, None, names - kept.keys() - _TABLES
 
 
 def version_of(tensor: Tensor) -> int:

@@ -22,7 +22,6 @@ from lightning_freeze.cache.sideways import undone
 from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
 from lightning_freeze.cache.store import ENTRY, Full, RowStore
 
-
 # a few rows are compared with what the frozen part gives, once in so many calls
 _VERIFIED = 64
 _ROUNDED = 5e-2
@@ -115,9 +114,7 @@ class PrefixCache:
         self._forgotten = 0
         self.content = Content(prefix.skipped, prefix.around)
         # between frozen layers these may do something else in train mode
-        self._minding = [
-            (names[m], m) for m in prefix.around if "training" in names_read(type(m))
-        ]
+        self._minding = [(names[m], m) for m in prefix.around if "training" in _read_by(m)]
         self._before = before
         self._began()
         self._trust(all_bytes=True)
@@ -130,7 +127,7 @@ class PrefixCache:
 
     def _began(self) -> None:
         """Rows are kept under a number that stands for what made them."""
-        self._number = next(_NUMBERS) if self._before is None else self._before._number
+        self._number: int = next(_NUMBERS) if self._before is None else self._before._number
         self._numbers = {self.content.name: self._number}
 
     def _trust(self, *, all_bytes: bool = False) -> None:
@@ -382,6 +379,11 @@ def _plain(outputs: dict[int, Output] | None) -> Any:
         for position, leaf in enumerate(output.leaves)
         if not isinstance(leaf, Layout)
     ]
+
+
+def _read_by(module: nn.Module) -> frozenset[str]:
+    kind: Any = type(module)
+    return names_read(kind)
 
 
 def _transformed() -> bool:

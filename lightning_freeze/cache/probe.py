@@ -109,7 +109,7 @@ def _written() -> Iterator[list[nn.Module]]:
         found.append(self)
         original(self, name, value)
 
-    nn.Module.__setattr__ = noted  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = noted  # type: ignore[method-assign]
     try:
         yield found
     finally:
@@ -198,9 +198,7 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     alone = _alone(replay, call, rows, by_row)
     if len(rows) < call.rows:  # a table of positions may be as long as the batch
         by_row = frozenset(
-            leaf
-            for leaf in by_row
-            if alone[leaf].dim() and alone[leaf].shape[0] == len(rows)
+            leaf for leaf in by_row if alone[leaf].dim() and alone[leaf].shape[0] == len(rows)
         )
     replay.free = frozenset(number for number, _ in watch.values.keys() - by_row)
     needed: frozenset[Leaf] = frozenset()

@@ -98,11 +98,13 @@ class Replay:
         self._handler = handler
         self._originals = {id(m): m.forward for m in dict.fromkeys(self.modules)}
         self._originals[id(scope)] = scope.forward
-        self._entry = scope.__dict__["forward"] = Entry(scope, scope.forward, self._scoped)
+        entry = Entry(scope, scope.forward, self._scoped)
+        self._entry = scope.__dict__["forward"] = entry
 
     def remove(self) -> None:
         """Put the scope's own `forward` back."""
-        entry, self._entry = self._entry, None
+        entry = self._entry
+        self._entry = None
         if entry is None:
             return
         entry.handler = None  # somebody may have wrapped it meanwhile
