@@ -98,18 +98,19 @@ class Replay:
         self._handler = handler
         self._originals = {id(m): m.forward for m in dict.fromkeys(self.modules)}
         self._originals[id(scope)] = scope.forward
-        entry = Entry(scope, scope.forward, self._scoped)
-        self._entry = scope.__dict__["forward"] = entry
+        entry = Entry(scope, self._originals[id(scope)], self._scoped)
+        self._entry = entry
+        vars(scope)["forward"] = entry
 
     def remove(self) -> None:
         """Put the scope's own `forward` back."""
-        entry = self._entry
-        self._entry = None
+        entry, self._entry = self._entry, None
         if entry is None:
             return
+        original = entry.original
         entry.handler = None  # somebody may have wrapped it meanwhile
         if vars(self.prefix.scope).get("forward") is entry:
-            _put(self.prefix.scope, entry.original)
+            _put(self.prefix.scope, original)
 
     def _scoped(self, *args: Any, **kwargs: Any) -> Any:
         if self._mode != PLAIN:  # it calls itself
