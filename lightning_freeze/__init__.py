@@ -33,6 +33,7 @@ from lightning_freeze.schedule import UnfreezeSchedule
 if TYPE_CHECKING:
     from lightning_freeze.callbacks import (
         FreezeBackbone,
+        FrozenFeatureCache,
         GradualFreeze,
         GradualUnfreeze,
         ReinitTopLayers,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 _CALLBACKS = (
     "FreezeBackbone",
+    "FrozenFeatureCache",
     "GradualFreeze",
     "GradualUnfreeze",
     "ReinitTopLayers",
@@ -59,6 +61,7 @@ __all__ = [
     "FreezeBackbone",
     "FreezeError",
     "FreezePlan",
+    "FrozenFeatureCache",
     "FrozenWeightsChanged",
     "GradualFreeze",
     "GradualUnfreeze",

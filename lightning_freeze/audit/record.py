@@ -33,6 +33,7 @@ class Record:
         fresh: names of what was re-initialised before the fit.
         ignored: number of tensors of which nothing is said, because the user asked for it.
         steps_per_round: with slices, how many steps one full round takes; 0 without.
+        cache: what a cache of frozen features did; None without one.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Record:
     steps_per_round: int = 0
     fresh: frozenset[str] = frozenset()
     ignored: int = 0
+    cache: Mapping[str, Any] | None = None
 
     def count_check(self) -> None:
         """Everything has been compared once more."""
@@ -192,6 +194,7 @@ class Record:
             "ignored": self.ignored,
             "certificate": None if run is None else self.certificate(run).to_dict(),
             "versions": versions(),
+            **({} if self.cache is None else {"cache": dict(self.cache)}),
         }
 
     def plot(self, path: Union[str, Path, None] = None) -> Any:

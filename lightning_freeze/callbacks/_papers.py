@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks.frozen_feature_cache import FrozenFeatureCache
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.files import write_json
 
@@ -41,6 +42,9 @@ class Papers:
 
     def write(self, trainer: Trainer, run: AuditRun) -> None:
         """Write report and certificate."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        for cache in (one for one in callbacks if isinstance(one, FrozenFeatureCache)):
+            self._record.cache = cache.stats.to_dict()
         if self._report is not None and trainer.is_global_zero:
             self._record.take(run)
             _written(self._report, self._record.to_dict(run))

@@ -7,17 +7,17 @@ callbacks doesn't matter, and an epoch start that Lightning skips after a resume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_freeze import apply, optimizers
 from lightning_freeze.callbacks._precision import check_scaler
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
+from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
 from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.distributed import (
     agree,
@@ -31,8 +31,6 @@ from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
 from lightning_freeze.labels import free, legal
 from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
-from lightning_freeze.origin.find import find_origins
-from lightning_freeze.origin.frozen import untouched
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
@@ -69,7 +67,6 @@ class Session:
         self.of: ref[Trainer] | None = None
         self.entered: set[int] = set()
         self.started = False
-        self.deferred = False
         self.late = False
         self.index: ModelIndex | None = None
         self.plan = FreezePlan()
@@ -103,20 +100,21 @@ class Session:
         index = ModelIndex.of(module)
         self.late = is_overridden("setup", module) or is_overridden("configure_model", module)
         claimed: frozenset[str] = frozenset()
+        deferred = False
         try:
             claimed = self._resolve(trainer, index)
             for callback in callbacks_of(trainer):
                 if hasattr(callback, "reinit_names"):
-                    self._warn_frozen(callback.reinit_names(index))
+                    warn_frozen(self.schedules, callback.reinit_names(index))
         except FreezeError:
             if not self.late:
                 raise
-            self.deferred = True
-        self._warn_blocked()
+            deferred = True
+        warn_blocked({label(cb): s for cb, s in self.schedules.items()}, self._before)
         if trainer.ckpt_path is None:
-            self._warn_random(index)
+            warn_random(self.schedules, index)
         self._snapshot = apply.Snapshot.of(index)
-        if self.managed or self.deferred:
+        if self.managed or deferred:
             apply.release(index, claimed)
             optimizers.release(index)
         self.tied = index.aliases
@@ -145,41 +143,6 @@ class Session:
         self.stop()
         if self._snapshot is not None and self.index is not None:
             self._snapshot.restore(self.index)
-
-    def _warn_blocked(self) -> None:
-        """A schedule whose every later stage names only what the user froze by hand."""
-        for callback, schedule in self.schedules.items():
-            later = schedule.ever - schedule.trainable(0)
-            if later and later <= self._before - schedule.claimed:
-                rank_zero_warn(
-                    f"{label(callback)} has nothing to unfreeze: all that its later stages would, "
-                    f"such as `{min(later)}`, was frozen before the fit (`requires_grad=False`), "
-                    "and that stays frozen unless a selector names it. Don't freeze it by hand, or "
-                    "name it in the schedule."
-                )
-
-    def _warn_frozen(self, names: Iterable[str]) -> None:
-        never = frozenset().union(*(s.never for s in self.schedules.values()))
-        useless = [name for name in names if name in never]
-        if useless:
-            rank_zero_warn(
-                f"`ReinitTopLayers` gives `{useless[0]}`"
-                f"{f' and {len(useless) - 1} more' if useless[1:] else ''} random values, but they "
-                "stay frozen for the whole fit. Let them train: raise `trainable_layers`, or "
-                "name them in `trainable`."
-            )
-
-    def _warn_random(self, index: ModelIndex) -> None:
-        """What was in no checkpoint, and is frozen all the same: it can't learn."""
-        never = frozenset().union(*(s.never for s in self.schedules.values()))
-        frozen = [name for name in index.parameters if name in never]
-        if frozen and (new := untouched(index, find_origins(index), frozen)):
-            rank_zero_warn(
-                f"`{new[0]}`{f' and {len(new) - 1} more' if new[1:] else ''} stay frozen for the "
-                "whole fit, but were missing in the checkpoint that `from_pretrained` read: they "
-                "hold random values. Let them train (name "
-                f"`{new[0].rpartition('.')[0]}` in `trainable`, or in the schedule), or load them."
-            )
 
     def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
         freezing = [cb for cb in callbacks_of(trainer) if isinstance(cb, Freezing)]
@@ -269,6 +232,20 @@ class Session:
             self._switch(trainer, stages)
         else:
             self.applier.reassert()
+
+    def upcoming(self) -> list[frozenset[str]]:
+        """What will be frozen in each of the stages to come, soonest first."""
+        later = sorted(
+            (stage.at, number, place)
+            for place, (callback, schedule) in enumerate(self.schedules.items())
+            for number, stage in enumerate(schedule.stages)
+            if number > self.stages.get(callback, 0)
+        )
+        callbacks, stages, found = list(self.schedules), dict(self.stages), []
+        for _, number, place in later:
+            stages[callbacks[place]] = number
+            found.append(self._merged(stages).frozen)
+        return found
 
     def _ahead(self) -> Iterator[dict[Any, int]]:
         """The start, and each stage in which a schedule may freeze more than then."""

@@ -1,0 +1,1 @@
+"""Outputs of the frozen prefix, computed once per sample and replayed afterwards."""

@@ -1,0 +1,47 @@
+"""Which attributes of a module its `forward` can read, as far as its code says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import CodeType, FunctionType
+from typing import Any
+
+
+@cache
+def names_read(kind: Any) -> frozenset[str]:
+    """Names and texts in the code of `forward`, and of the methods that it names.
+
+    >>> from torch import nn
+    >>> class Scaled(nn.Module):
+    ...     def forward(self, x): return self.double(x) * self.scale
+    ...     def double(self, x): return x * self.factor
+    ...     def fit(self): self.loss = 0.0
+    >>> sorted(names_read(Scaled) & {"scale", "factor", "loss"})
+    ['factor', 'scale']
+    """
+    found: set[str] = set()
+    open_names = ["forward"]
+    while open_names:
+        name = open_names.pop()
+        new = set()
+        for owner in kind.__mro__:
+            value = vars(owner).get(name)
+            if isinstance(value, property):
+                value = value.fget
+            function = getattr(value, "__func__", value)
+            function = getattr(function, "__wrapped__", function)
+            if isinstance(function, FunctionType):
+                new |= set(_names(function.__code__)) - found
+        found |= new
+        open_names += new
+    return frozenset(found)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str) and constant.isidentifier():
+            yield constant  # getattr(self, "scale")

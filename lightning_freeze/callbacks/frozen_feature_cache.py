@@ -1,0 +1,341 @@
+"""`FrozenFeatureCache`: the frozen part of the model computed once per sample."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
+from lightning_freeze.cache.prefix_cache import CacheStats, PrefixCache
+from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
+from lightning_freeze.callbacks._session import session_of
+from lightning_freeze.errors import ArgumentError
+
+_SELDOM = 0.1
+# seconds that may be lost before it is a reason
+_LOST = 1.0
+# in a fit, where few samples are found
+_MOST_PLANS = 100
+
+
+class FrozenFeatureCache(Callback):
+    """Computes the output of the frozen layers once per sample, and replays it afterwards.
+
+    What stands in front of the first layer that trains, and is frozen, in eval mode and without
+    randomness, gives the same output for the same sample in each epoch. From the second time on
+    that is looked up: by a 128-bit fingerprint of the sample's inputs, so shuffling, several
+    workers and repeated samples don't matter. Results are those without the cache, to the bit
+    where batches have the same shape.
+
+    It finds out by itself where it can be used, with any model and any way of freezing, and what
+    can be left out grows and shrinks with the schedule. The first two batches of each stage run
+    as they are, and are compared with a replay. Where it can't be used (dropout in the frozen
+    part, hooks on its layers, inputs that differ each time), it steps aside with one line that
+    says why. A value that wasn't computed never reaches the loss: in its place stands a tensor
+    without values, and where one is read, the model is called as it is.
+
+    Args:
+        max_bytes: how much may be kept: a number of bytes, or such as "2GiB".
+        store: "memory", or "disk" for memory-mapped files.
+        dtype: what floating-point outputs are kept as, such as "bfloat16": half the memory, but no
+            longer exact. As they are where None.
+        folder: where the files of `store="disk"` are made; the system's temporary folder if None.
+
+    Attributes:
+        stats: hits, misses, bytes and time saved in the fit, as a `CacheStats`.
+
+    Raises:
+        ArgumentError: an argument isn't one of these.
+
+    Example:
+        >>> from lightning_freeze import FreezeBackbone
+        >>> callbacks = [FreezeBackbone(), FrozenFeatureCache("500MB")]
+
+    See AutoFreeze (Liu et al. 2021, https://arxiv.org/abs/2102.01386), which caches activations of
+    frozen BERT layers.
+    """
+
+    def __init__(
+        self,
+        max_bytes: Union[int, str] = "2GiB",
+        *,
+        store: str = "memory",
+        dtype: Optional[str] = None,
+        folder: Union[str, Path, None] = None,
+    ) -> None:
+        self.max_bytes = as_bytes(max_bytes)
+        if store not in STORES:
+            raise ArgumentError(f'`store` is {store!r}. Write "memory" or "disk".')
+        if folder is not None and store != "disk":
+            raise ArgumentError('`folder` is for `store="disk"`.')
+        self.store = store
+        self.folder = folder
+        self.dtype = dtype_of(dtype)
+        self.stats = CacheStats()
+        self._run: _Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying: without the fit that it takes part in."""
+        return {**vars(self), "_run": None}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a second one.
+
+        Raises:
+            ArgumentError: there are several among the trainer's callbacks.
+        """
+        several = [c for c in _callbacks_of(trainer) if isinstance(c, FrozenFeatureCache)]
+        if len(several) > 1:
+            raise ArgumentError(
+                f"The trainer has {len(several)} FrozenFeatureCache callbacks. Write one."
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with an empty cache."""
+        self.stats = CacheStats()
+        rows = RowStore(self.max_bytes, self.store, self.folder, self.dtype)
+        self._run = _Run(trainer, pl_module, rows, self.stats)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the frozen part compared with what it was."""
+        if self._run is not None:
+            self._run.epoch_starts()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put the cache in front of the model."""
+        if self._run is not None:
+            self._run.begin(may_plan=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Leave the model as it was."""
+        if self._run is not None:
+            self._run.end()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Samples of the validation set come back, too."""
+        if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
+            self._run.begin(may_plan=False, first=batch_idx == 0)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Leave the model as it was."""
+        if self._run is not None:
+            self._run.end()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether samples repeat at all."""
+        if self._run is not None:
+            self._run.epoch_ends()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of what was kept."""
+        if self._run is not None:
+            stats = self.stats
+            if stats.hits:
+                rank_zero_info(
+                    f"FrozenFeatureCache: {stats.hits:,} of {stats.hits + stats.misses:,} samples "
+                    f"({100 * stats.hit_rate:.0f} %) didn't run through the frozen layers; about "
+                    f"{stats.seconds_saved:.1f} s saved, {stats.nbytes / 2**20:.1f} MiB kept."
+                )
+            self._run.stop()
+            self._run = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the model as it was."""
+        if self._run is not None:
+            self._run.stop()
+            self._run = None
+
+
+def _callbacks_of(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+class _Run:
+    """One fit."""
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, store: RowStore, stats: CacheStats
+    ) -> None:
+        self.trainer = trainer
+        self.module = module
+        self.store = store
+        self.stats = stats
+        self.cache: PrefixCache | None = None
+        self._names = {m: name for name, m in reversed(list(module.named_modules()))}
+        self._parameters = list(module.parameters())
+        self._flags = b""
+        self._traced_with = b""
+        self._said: set[str] = set()
+        self._tree: Node | None = None
+        self._tracing: AbstractContextManager[Node] | None = None
+        self._epoch_hits = (0, 0)
+        self._whole_epochs = 0
+        self._plans = 0
+        self._validated = False
+
+    def begin(self, *, may_plan: bool, first: bool = False) -> None:
+        """Before a batch.
+
+        Args:
+            may_plan: whether it is one of the training.
+            first: of a validation. Weights are exchanged for it, and back.
+        """
+        self.end()  # a batch that was broken off
+        if self.stats.aside:
+            return
+        if first or (may_plan and self._validated):
+            self._validated = first
+            if self.cache is not None and self.cache.fit is not None:
+                self.cache.verify_next()
+                if self.stats.aside:
+                    return
+        flags = bytes(p.requires_grad for p in self._parameters)
+        if flags != self._flags:
+            if not may_plan:
+                return
+            # what has frozen since may not need a gradient any more
+            if any(was and not now for was, now in zip(self._traced_with, flags)):
+                self._tree = None
+            self._flags = flags
+            self._plan()
+        if self.cache is not None:
+            self.cache.replayed.install(self.cache)
+        elif self._tree is None and may_plan:
+            if any(is_compiled(module) for module in self.module.modules()):
+                self._aside("the model is compiled")
+                return
+            self._traced_with = flags
+            self._tracing = traced(self.module)
+            self._traced = self._tracing.__enter__()
+
+    def end(self) -> None:
+        """After a batch."""
+        if self.cache is not None:
+            self.cache.replayed.remove()
+        if self._tracing is not None:
+            tracing, self._tracing = self._tracing, None
+            tracing.__exit__(None, None, None)
+            # nothing was called in it, such as where a step is skipped
+            self._tree = self._traced if self._traced.children else None
+            self._plan()
+        if self.stats.aside:
+            self.cache = None
+            self.store.clear()
+
+    def stop(self) -> None:
+        """After the fit."""
+        self.end()
+        self.cache = None
+        self.store.clear()
+
+    def epoch_starts(self) -> None:
+        """Counts begin anew."""
+        self._epoch_hits = (self.stats.hits, self.stats.misses)
+        if self.cache is not None and self.cache.fit is not None:
+            self.cache.verify_next()
+
+    def epoch_ends(self) -> None:
+        """Step aside where samples don't come back."""
+        self.end()
+        if self.cache is None or self.cache.fit is None:
+            return
+        self._whole_epochs = 0 if self.cache.forgot else self._whole_epochs + 1
+        self.cache.forgot = False
+        hits = self.stats.hits - self._epoch_hits[0]
+        misses = self.stats.misses - self._epoch_hits[1]
+        if hits and self.stats.seconds_saved < -_LOST:
+            self._aside("looking up takes longer than the frozen layers")
+        elif self._whole_epochs > 1 and hits < _SELDOM * (hits + misses):
+            self._aside(
+                f"samples don't come back (hits: {100 * hits / max(1, hits + misses):.0f} %): they "
+                "are augmented at random, padded to other lengths, or there is room for few"
+            )
+
+    def _plan(self) -> None:
+        """Find out what can be left out now."""
+        old, self.cache, self._whole_epochs = self.cache, None, 0
+        if self._tree is None:
+            return
+        self._plans += 1
+        if self._plans > _MOST_PLANS and self.stats.hits < self.stats.misses:
+            self._aside("what is frozen changes too often")
+            return
+        prefix, reason = find_prefix(self._tree)
+        if reason and reason not in self._said:
+            self._said.add(reason)
+            does = "does nothing for now" if prefix is None else "leaves out less than it could"
+            rank_zero_warn(f"FrozenFeatureCache {does}: {reason}.")
+        if prefix is None:
+            self.stats.skipped = ""
+            self.store.clear()
+            return
+        later = self._later(prefix)
+        self.cache = PrefixCache(
+            prefix,
+            self._names,
+            self.store,
+            self.stats,
+            later,
+            self._samples,
+            self._aside,
+            None if old is None or old.fit is None else old,
+        )
+        names = [self._names[m] or type(m).__name__ for m in prefix.skipped]
+        self.stats.skipped = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+
+    def _later(self, now: Prefix) -> list[nn.Module]:
+        """The modules that will be the last of a later stage's prefix, soonest first."""
+        session = session_of(self.trainer)
+        if self._tree is None or session is None or session.index is None:
+            return []
+        found: dict[nn.Module, None] = {}
+        parameters = session.index.parameters
+        for frozen in session.upcoming():
+            still = {id(parameters[name]) for name in frozen}
+
+            def trains(parameter: nn.Parameter, still: set[int] = still) -> bool:
+                return id(parameter) not in still
+
+            then, _ = find_prefix(self._tree, trains)
+            if then is not None and then.scope is now.scope:
+                found[then.skipped[-1]] = None
+        found.pop(now.skipped[-1], None)
+        called = [node.module for node in self._tree.walk()]
+        return [module for module in found if called.count(module) == 1]
+
+    def _samples(self, rows: int) -> float:
+        """About how many samples an epoch has, of batches of so many rows."""
+        return rows * (self.trainer.num_training_batches + sum(self.trainer.num_val_batches))
+
+    def _aside(self, reason: str) -> None:
+        self.stats.aside = reason
+        self.stats.skipped = ""
+        rank_zero_warn(f"FrozenFeatureCache does nothing any more: {reason}.")
