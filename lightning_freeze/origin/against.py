@@ -71,7 +71,9 @@ def against(stored: Stored, weights: Weights, at: str | None = None) -> Against:
     for name in stored.under(at or ""):
         if name not in found:
             found[name] = Origin(ELSEWHERE if is_marked(stored.tensors[name]) else NEW)
-    note = f"Origin: compared to the bit with {weights.path} ({_kind(weights)})"
+    bytes_read = any(origin.state in (LOADED, CHANGED) for origin in found.values())
+    how = "compared to the bit with" if bytes_read else "by name and shape, against"
+    note = f"Origin: {how} {weights.path} ({_kind(weights)})"
     if renamed:
         note += f"; it has other names for {len(renamed)} of them, such as {some(renamed, most=1)}"
     unused = tuple(key for key in weights.specs if not keys.names.get(key))

@@ -119,6 +119,7 @@ def test_inspect_says_what_is_in_the_checkpoint_what_is_new_and_what_is_not_used
     assert "head" in text
     assert "loaded" not in text
     assert "in the checkpoint" in text
+    assert "Origin: by name and shape, against trained" in text
     assert "2 keys of the checkpoint aren't used: bert.pooler.dense.bias" in text
     assert main(["inspect", "trained", "--class", "BertForMaskedLM", "--tensors"]) == 0
     text = capsys.readouterr().out
