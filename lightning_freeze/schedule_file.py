@@ -29,7 +29,8 @@ def entries_of(
     before: set[str] = set()
     for number, (stage, trains) in enumerate(zip(schedule.stages, stages)):
         added = [name for name in trains if name not in before]
-        dropped = [name for name in index.parameters if name in before.difference(trains)]
+        gone = before.difference(trains)
+        dropped = [name for name in index.parameters if name in gone]
         before = set(trains)
         by_factor: dict[float, list[str]] = {}
         for name in added:
