@@ -40,6 +40,10 @@ class FrozenFeatureCache(Callback):
     says why. A value that wasn't computed never reaches the loss: in its place stands a tensor
     without values, and where one is read, the model is called as it is.
 
+    A frozen part is taken for changed when its tensors, modes, modules or plain attributes are.
+    What else it may read (a global, a class attribute, a nested container), and writes through
+    `.data` within an epoch, are found only by recomputing two samples now and then.
+
     Args:
         max_bytes: how much may be kept: a number of bytes, or such as "2GiB".
         store: "memory", or "disk" for memory-mapped files.

@@ -138,13 +138,13 @@ class Hooked(Net):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Noisy, "."),
+        (Noisy, "draws random numbers"),
         (RandomBetween, "draws random numbers"),
         (AcrossTheBatch, "samples of a batch influence each other"),
         (Stash, "changes itself as it is called"),
         (Globally, "kept somewhere"),
         (Counting, "changes itself as it is called"),
-        (Prompted, "."),
+        (Prompted, "the output of a frozen Sequential needs a gradient"),
         (WritesToItsInput, "changes its input in place"),
         (Hooked, "hooks"),
     ],

@@ -251,14 +251,12 @@ def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path:
         "dtype": "bfloat16",
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    took = []
-    # of the processor, and the best of three: the machine may have others to serve, too
-    while len(took) < 3 and not any(seconds < 10 for seconds in took):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        found = process("plan", str(tmp_path), "--json", str(tmp_path / "plan.json"))
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert found.returncode == 0, found.stderr
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = process("plan", str(tmp_path), "--json", str(tmp_path / "plan.json"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert found.returncode == 0, found.stderr
+    # of the processor: the machine may have others to serve, too
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     content = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
     assert content["total"] == 405_853_388_800
     assert len(content["rows"]) == 128
@@ -272,7 +270,7 @@ def test_a_model_of_405_billion_parameters_takes_seconds_and_no_memory(tmp_path:
     assert content["full_flops"] == 3 * (126 * (layer + attention) + head)
     assert content["rows"][0]["flops"] == 126 * (layer + attention) + 3 * head
     assert int(found.stderr.split()[-1]) < 2 * 2**20
-    assert min(took) < 10
+    assert took < 10
 
 
 def test_a_reader_who_leaves_is_no_error(here: Path) -> None:
