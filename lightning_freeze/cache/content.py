@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from lightning_freeze.digests import dense, digests
 # what every module has; `_modules` and the tables of tensors are compared one by one
 _TABLES = frozenset(vars(nn.Module())) | {"training", "forward"}
 _CONTAINERS = (list, tuple, dict, set)
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_TRAINING = attrgetter("training")
+_VERSION = attrgetter("_version")
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type)
 
 
@@ -40,6 +43,7 @@ class Content:
         inner = list(dict.fromkeys(m for module in modules for m in module.modules()))
         self._inner = inner
         self._around = [module for module in around if module not in set(inner)]
+        self._everywhere = (*inner, *self._around)
         self._modes = [m for m in inner if minds_its_mode(m)]
         self._made_of = [(m._modules, list(m._modules.values())) for m in inner if m._modules]
         tables = [t for m in inner for t in (m._parameters, m._buffers) if t]
@@ -55,7 +59,10 @@ class Content:
             for name, tensor in table.items()
             if id(tensor) in outer
         ]
-        self._versions = [version_of(t) for t in self._tensors]
+        # writes to tensors that were made in inference mode aren't counted
+        self._counted = [p for p, t in enumerate(self._tensors) if not t.is_inference()]
+        self._watched = [self._tensors[p] for p in self._counted]
+        self._versions = list(map(_VERSION, self._watched))
         self._digests = _digests(self._tensors)
         self._attributes = list(self._read())
         self._generation = 0
@@ -64,11 +71,11 @@ class Content:
         """False where something trains, is in train mode, is hooked into or was exchanged."""
         if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
             return False
-        if any(m.training for m in self._modes) or any(t.requires_grad for t in self._tensors):
+        if any(map(_TRAINING, self._modes)) or any(map(_REQUIRES_GRAD, self._tensors)):
             return False
-        everywhere = (*self._inner, *self._around)
-        hooked = [m for m in everywhere if m._forward_hooks or m._forward_pre_hooks]
-        if any(foreign_hooks(m) for m in hooked):
+        if any(
+            foreign_hooks(m) for m in self._everywhere if m._forward_hooks or m._forward_pre_hooks
+        ):
             return False
         return self.whole()
 
@@ -95,14 +102,13 @@ class Content:
                 were written: it isn't told of writes through `.data`.
         """
         changed = self._attributes_changed()
-        versions = [version_of(t) for t in self._tensors]
+        versions = list(map(_VERSION, self._watched))
         if not all_bytes and versions == self._versions:
             return changed
-        written = [
-            position
-            for position, (now, before) in enumerate(zip(versions, self._versions))
-            if all_bytes or now != before
-        ]
+        found = zip(self._counted, versions, self._versions)
+        written = [position for position, now, before in found if now != before]
+        if all_bytes:
+            written = list(range(len(self._tensors)))
         self._versions = versions
         for position, digest in zip(written, _digests([self._tensors[p] for p in written])):
             changed = changed or digest != self._digests[position]

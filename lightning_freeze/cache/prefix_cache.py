@@ -18,7 +18,7 @@ from lightning_freeze.cache.keys import Call, Unkeyable
 from lightning_freeze.cache.probe import Fit, Unfit, close, probe, tolerance_of
 from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.replay import Output, Replay
-from lightning_freeze.cache.sideways import undone
+from lightning_freeze.cache.sideways import devices_of, undone
 from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
 from lightning_freeze.cache.store import ENTRY, Full, RowStore
 
@@ -109,6 +109,8 @@ class PrefixCache:
         self._outputs: dict[bytes, dict[int, Output]] = {}
         self._per_row = 0.0
         self._unverified = False
+        self._skipped = frozenset(prefix.skipped)
+        self._devices = devices_of(prefix.scope)
         self._calls = 0
         self._ran = 0.0
         self._forgotten = 0
@@ -236,7 +238,10 @@ class PrefixCache:
         )
         if space not in self._outputs:
             missing = range(call.rows)
-        with undone(self.replayed.prefix.scope) as undo:
+        # nothing of the frozen part is called where all samples are found
+        quiet = not missing and not self._unverified and not self.replayed.free
+        skipped = self._skipped if quiet else ()
+        with undone(self.replayed.prefix.scope, skipped, self._devices) as undo:
             try:
                 fresh = self._compute(call, space, keys, missing)
                 values = self._values(call, space, keys, missing, fresh)

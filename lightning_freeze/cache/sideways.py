@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ def random_state(scope: nn.Module) -> list[Any]:
         torch.get_rng_state().numpy().tobytes(),
         random.getstate(),
         None if numpy is None else _hashable(numpy.get_state()),
-        *(torch.cuda.get_rng_state(d).numpy().tobytes() for d in _devices(scope)),
+        *(torch.cuda.get_rng_state(d).numpy().tobytes() for d in devices_of(scope)),
     ]
 
 
@@ -34,30 +34,37 @@ def set_random_state(scope: nn.Module, state: list[Any]) -> None:
     if numpy is not None and arrays is not None:
         kind, words, *rest = arrays
         numpy.set_state((kind, sys.modules["numpy"].frombuffer(words, dtype="uint32"), *rest))
-    for device, one in zip(_devices(scope), there):
+    for device, one in zip(devices_of(scope), there):
         torch.cuda.set_rng_state(_as_tensor(one), device)
 
 
 @contextmanager
-def undone(scope: nn.Module) -> Iterator[Callable[[], None]]:
+def undone(
+    scope: nn.Module, without: Collection[nn.Module] = (), devices: Sequence[int] = ()
+) -> Iterator[Callable[[], None]]:
     """A function that puts back what calls in the block have changed beside their result.
 
     It is cheap where it isn't called: only buffers of what is in train mode are copied.
+
+    Args:
+        scope: the module that is called.
+        without: modules in it that aren't called.
+        devices: CUDA devices whose random generators are drawn from.
     """
+    modules = list(_called(scope, without))
     torch_state = torch.get_rng_state()
-    devices = _devices(scope)
     on_devices = [torch.cuda.get_rng_state(device) for device in devices]
     python = random.getstate()
     numpy = sys.modules.get("numpy.random")
     arrays = None if numpy is None else numpy.get_state()
     kept = [
         (module, name, buffer, buffer.clone())
-        for module in scope.modules()
+        for module in modules
         if module.training and module._buffers
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    attributes = [(vars(m), _attributes(m)) for m in scope.modules()]
+    attributes = [(vars(m), _attributes(m)) for m in modules]
 
     def undo() -> None:
         torch.set_rng_state(torch_state)
@@ -147,7 +154,19 @@ def _restore(owner: dict[str, Any], values: dict[str, tuple[Any, Any]]) -> None:
             (value.extend if isinstance(value, list) else value.update)(copy)
 
 
-def _devices(module: nn.Module) -> list[int]:
+def _called(module: nn.Module, without: Collection[nn.Module]) -> Iterator[nn.Module]:
+    found = {} if module in without else {module: None}
+    open_modules = list(found)
+    while open_modules:
+        for inner in open_modules.pop()._modules.values():
+            if inner is not None and inner not in found and inner not in without:
+                found[inner] = None
+                open_modules.append(inner)
+    return iter(found)
+
+
+def devices_of(module: nn.Module) -> list[int]:
+    """The CUDA devices that a module is on."""
     return sorted({p.device.index for p in module.parameters() if p.is_cuda})
 
 

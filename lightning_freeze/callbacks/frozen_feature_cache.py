@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -17,6 +18,7 @@ from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
 from lightning_freeze.callbacks._session import session_of
 from lightning_freeze.errors import ArgumentError
 
+_REQUIRES_GRAD = attrgetter("requires_grad")
 _SELDOM = 0.1
 # seconds that may be lost before it is a reason
 _LOST = 1.0
@@ -221,7 +223,7 @@ class _Run:
                 self.cache.verify_next()
                 if self.stats.aside:
                     return
-        flags = bytes(p.requires_grad for p in self._parameters)
+        flags = bytes(map(_REQUIRES_GRAD, self._parameters))
         if flags != self._flags:
             if not may_plan:
                 return
