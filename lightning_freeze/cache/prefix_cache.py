@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,12 +12,14 @@ from torch import Tensor, nn
 
 from lightning_freeze.cache.calls import Prefix
 from lightning_freeze.cache.content import Content
+from lightning_freeze.cache.earlier import Earlier
 from lightning_freeze.cache.keys import Call, Unkeyable
 from lightning_freeze.cache.probe import Fit, Unfit, close, probe, tolerance_of
 from lightning_freeze.cache.reads import names_read
-from lightning_freeze.cache.replay import Output, Replay
+from lightning_freeze.cache.replay import Collected, Replay
+from lightning_freeze.cache.rows import Rows
 from lightning_freeze.cache.sideways import devices_of, undone
-from lightning_freeze.cache.skipped import Layout, Leaf, SkippedActivation
+from lightning_freeze.cache.skipped import Leaf, SkippedActivation
 from lightning_freeze.cache.store import ENTRY, Full, RowStore
 
 # a few rows are compared with what the frozen part gives, once in so many calls
@@ -27,9 +27,6 @@ _VERIFIED = 64
 _ROUNDED = 5e-2
 # changes of the frozen part in one stage
 _MOST_CHANGES = 8
-# shapes that batches are padded to, and the like
-_MOST_SPACES = 10_000
-_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -39,6 +36,8 @@ class CacheStats:
     Attributes:
         hits: samples whose frozen part wasn't computed.
         misses: samples whose frozen part was computed, and kept where there was room.
+        shortened: of the misses, those that began with what an earlier stage had kept: only the
+            layers that have frozen since were computed.
         nbytes: memory (or disk) that rows and keys take.
         seconds_saved: time that the frozen part would have taken, less that of looking up.
         skipped: what is left out now, in words; "" if nothing.
@@ -47,6 +46,7 @@ class CacheStats:
 
     hits: int = 0
     misses: int = 0
+    shortened: int = 0
     nbytes: int = 0
     seconds_saved: float = 0.0
     skipped: str = ""
@@ -98,16 +98,10 @@ class PrefixCache:
         self._over = False
         inner = [module for module in later if module not in prefix.skipped]
         self.replayed = Replay(prefix, inner)
-        # the second call of a module has rows of its own
-        called: Counter[nn.Module] = Counter()
-        self._names = []
-        for module in self.replayed.modules:
-            again = f" #{called[module]}" if called[module] else ""
-            self._names.append(names[module] + again)
-            called[module] += 1
+        self.rows = Rows(store, self.replayed, names)
         self._later = [(self.replayed.modules.index(module), 0) for module in later]
-        self._outputs: dict[bytes, dict[int, Output]] = {}
         self._per_row = 0.0
+        self._missed = False
         self._unverified = False
         self._skipped = frozenset(prefix.skipped)
         self._devices = devices_of(prefix.scope)
@@ -117,9 +111,9 @@ class PrefixCache:
         self.content = Content(prefix.skipped, prefix.around)
         # between frozen layers these may do something else in train mode
         self._minding = [(names[m], m) for m in prefix.around if "training" in _read_by(m)]
-        self._before = before
-        self._began()
-        self._trust(all_bytes=True)
+        self._earlier: Earlier | None = None
+        self._follow(before)
+        self._numbers = {self.content.name: self.rows.number}
 
     @property
     def keeps(self) -> frozenset[Leaf]:
@@ -127,18 +121,25 @@ class PrefixCache:
         assert self.fit is not None
         return self.fit.needed.union(self._later if self._chosen is None else self._chosen)
 
-    def _began(self) -> None:
-        """Rows are kept under a number that stands for what made them."""
-        self._number: int = next(_NUMBERS) if self._before is None else self._before._number
-        self._numbers = {self.content.name: self._number}
-
-    def _trust(self, *, all_bytes: bool = False) -> None:
-        """Forget rows unless what makes them was under observation and hasn't changed."""
-        before = None if self._before is None else self._before.content
-        if before is None or not before.covers(self.content) or before.changed(all_bytes=all_bytes):
-            self._before = None
-            self._began()
+    def _follow(self, before: PrefixCache | None) -> None:
+        """Go on with earlier rows if what made them was under observation and hasn't changed."""
+        self._before = None
+        if before is None or before.fit is None or before.content.changed(all_bytes=True):
             self.store.clear()
+        elif before.content.covers(self.content):
+            self._before = before
+            self.rows.inherit(before.rows)
+        elif self.replayed.prefix.scope is before.replayed.prefix.scope and self.content.covers(
+            before.content
+        ):
+            self._earlier = Earlier(before.replayed, before.rows, before.fit, before._beside)
+            self._per_row = before._per_row
+            self.store.keep(lambda place: place[0] == before.rows.number)
+        else:
+            self.store.clear()
+
+    def _beside(self) -> str:
+        return "|".join(name for name, module in self._minding if module.training)
 
     def verify_next(self) -> None:
         """At an epoch's start: compare all bytes of the frozen part with what they were.
@@ -146,6 +147,9 @@ class PrefixCache:
         And the next batch that is found whole is compared with what the frozen part gives now.
         """
         self._unverified = True
+        if not self._missed:
+            self._drop_earlier()
+        self._missed = False
         if not self.content.whole():
             self._look_again()
         elif self.content.changed(all_bytes=True):
@@ -155,8 +159,8 @@ class PrefixCache:
         """Tensors or modules were exchanged."""
         outside = () if self.fit is None else self.fit.outside
         self.content = Content(self.replayed.prefix.skipped, self.replayed.prefix.around, outside)
-        self._number = next(_NUMBERS)
-        self._numbers = {self.content.name: self._number}
+        self.rows.renew()
+        self._numbers = {self.content.name: self.rows.number}
         self._let_go()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,29 +184,43 @@ class PrefixCache:
                 self._leave(str(found))
             else:
                 self.fit = found
+                self.rows.by_row = found.by_row
                 if found.outside:
-                    prefix = self.replayed.prefix
-                    self.content = Content(prefix.skipped, prefix.around, found.outside)
-                    self._began()
-                    self._trust()
+                    self._look_after(found.outside)
                 self._before = None
                 self._make_room()
+                self._keep_first(call, found.first)
             return result
         if call.spec != self.fit.spec:
             return original(*args, **kwargs)
         return self._cached(call)
 
+    def _look_after(self, outside: Sequence[Tensor]) -> None:
+        """The frozen part reads other tensors, too. Were they under observation before?"""
+        prefix = self.replayed.prefix
+        self.content = Content(prefix.skipped, prefix.around, outside)
+        before = self._before
+        if before is not None and not before.content.covers(self.content):
+            self.rows.renew()
+            self.store.clear()
+        self._numbers = {self.content.name: self.rows.number}
+
     def _make_room(self) -> None:
         """Drop what only an earlier stage needed."""
-        kept = {(self._names[number], leaf) for number, leaf in self.keeps}
-        self.store.keep(lambda place: place[2:] in kept)
+        kept = {self.rows.name(leaf) for leaf in self.keeps}
+        number = None if self._earlier is None else self._earlier.rows.number
+        self.store.keep(lambda place: place[0] == number or place[2:] in kept)
 
     def _forget(self) -> None:
         """The frozen part changed. Rows of before stay: averaged weights come and go."""
         name = self.content.name
         known = name in self._numbers
-        self._number = self._numbers.pop(name) if known else next(_NUMBERS)
-        self._numbers[name] = self._number
+        self._drop_earlier()
+        if known:
+            self.rows.number = self._numbers.pop(name)
+        else:
+            self.rows.renew()
+        self._numbers[name] = self.rows.number
         if known:
             return
         if len(self._numbers) > 2:
@@ -210,6 +228,7 @@ class PrefixCache:
         self._let_go()
 
     def _let_go(self) -> None:
+        self._drop_earlier()
         kept = set(self._numbers.values())
         self.store.keep(lambda place: place[0] in kept)
         self.full = False
@@ -229,30 +248,34 @@ class PrefixCache:
             self._forget()
             if self._over:
                 return self.replayed.plain(call)
-        modes = [name for name, module in self._minding if module.training]
-        space, keys = call.keys("|".join(modes))
+        space, keys = call.keys(self._beside())
         self._calls += 1
         self._unverified |= self._calls % _VERIFIED == 0
-        missing: Sequence[int] = sorted(
-            set().union(*(self.store.missing(self._place(space, n), keys) for n in self.fit.needed))
-        )
-        if space not in self._outputs:
-            missing = range(call.rows)
+        missing = self.rows.missing(space, keys, self.fit.needed)
         # nothing of the frozen part is called where all samples are found
         quiet = not missing and not self._unverified and not self.replayed.free
         skipped = self._skipped if quiet else ()
+        saved = self.stats.seconds_saved
         with undone(self.replayed.prefix.scope, skipped, self._devices) as undo:
             try:
                 fresh = self._compute(call, space, keys, missing)
-                values = self._values(call, space, keys, missing, fresh)
+                values = {
+                    leaf: self.rows.joined(
+                        space, leaf, keys, [(rows, found[leaf]) for rows, found in fresh]
+                    )
+                    for leaf in self.fit.needed
+                }
                 self._verify(call, values, missing)
                 looked = time.perf_counter()
-                result = self.replayed.replay(call, self._shaped(space, call), values)
+                shaped = self.rows.shaped(space, call.rows)
+                result = self.replayed.replay(call, shaped, values)
             except Exception as error:
                 undo()
+                self.stats.seconds_saved = saved
                 result = self.replayed.plain(call)  # an error of the model's own comes again here
                 self._leave(_because(error))
                 return result
+        self._missed |= bool(missing)
         self.stats.misses += len(missing)
         self.stats.hits += call.rows - len(missing)
         self.stats.nbytes = self.store.nbytes
@@ -260,38 +283,74 @@ class PrefixCache:
         self.stats.seconds_saved += self._per_row * (call.rows - len(missing)) - overhead
         return result
 
-    def _place(self, space: bytes, leaf: Leaf) -> tuple[int, bytes, str, int]:
-        return (self._number, space, self._names[leaf[0]], leaf[1])
-
     def _compute(
         self, call: Call, space: bytes, keys: Sequence[bytes], missing: Sequence[int]
-    ) -> dict[Leaf, Tensor]:
-        """Run the frozen part for the missing samples, and keep what it gives."""
+    ) -> list[tuple[Sequence[int], dict[Leaf, Tensor]]]:
+        """Run the frozen part for the missing samples, and keep what it gives.
+
+        Returns:
+            Positions of samples, and what is needed of them.
+        """
         self._ran = 0.0
         if not missing:
-            return {}
+            return []
         assert self.fit is not None
-        found = self.replayed.collect(call, missing, self.keeps)
-        self._ran = found.seconds
-        plain = [_plain(outputs) for outputs in (self._outputs.get(space), found.outputs)]
-        if plain[0] is not None and plain[0] != plain[1]:
-            raise SkippedActivation("a frozen layer returns other numbers now", frozenset())
-        if len(self._outputs) > _MOST_SPACES:
-            self._outputs.clear()
-        self._outputs[space] = found.outputs
-        each = found.seconds / len(missing)
-        self._per_row = min(self._per_row or each, each)
-        kept = [keys[row] for row in missing]
-        # what is needed now comes first where there isn't room for all
-        for leaf in self._in_order(found.values):
-            value = found.values[leaf]
-            if self.full or not value.dim() or value.shape[0] != len(missing):
+        there, start = ([], None) if self._earlier is None else self._earlier.start(call, missing)
+        known = set(there)
+        fresh: list[tuple[Sequence[int], dict[Leaf, Tensor]]] = []
+        for rows, begin in (([r for r in missing if r not in known], None), (there, start)):
+            if not rows:
                 continue
-            try:
-                self.store.put(self._place(space, leaf), kept, value)
-            except Full:
-                self.full = True
-        return {leaf: found.values[leaf] for leaf in self.fit.needed}
+            found = self.replayed.collect(call, rows, self.keeps, begin)
+            self._ran += found.seconds
+            each = found.seconds / len(rows)
+            if begin is None:
+                self._per_row = min(self._per_row or each, each)
+            else:
+                self.stats.seconds_saved += len(rows) * max(0.0, self._per_row - each)
+                self.stats.shortened += len(rows)
+            self.rows.learn(space, found.outputs)
+            # what is needed now comes first where there isn't room for all
+            leaves = self._in_order(found.values)
+            self._keep(space, [keys[row] for row in rows], found.values, leaves)
+            fresh.append((rows, {leaf: found.values[leaf] for leaf in self.fit.needed}))
+        return fresh
+
+    def _keep_first(self, call: Call, first: Collected) -> None:
+        """The batch that was tried out needn't be computed again."""
+        assert self.fit is not None
+        space, keys = call.keys(self._beside())
+        self.rows.learn(space, first.outputs)
+        self.stats.misses += call.rows
+        self._missed = True
+        values, first.values = first.values, {}
+        try:
+            self._keep(space, keys, values, sorted(self.fit.needed))
+        except OSError as error:
+            self._leave(_because(error))
+
+    def _keep(
+        self,
+        space: bytes,
+        keys: Sequence[bytes],
+        values: dict[Leaf, Tensor],
+        leaves: Sequence[Leaf],
+    ) -> None:
+        for leaf in leaves:
+            value = values[leaf]
+            while not self.full and value.dim() and value.shape[0] == len(keys):
+                try:
+                    self.rows.put(space, leaf, keys, value)
+                    break
+                except Full:
+                    self.full = self._earlier is None
+                    self._drop_earlier()
+
+    def _drop_earlier(self) -> None:
+        if self._earlier is not None:
+            number = self._earlier.rows.number
+            self._earlier = None
+            self.store.keep(lambda place: place[0] != number)
 
     def _in_order(self, values: dict[Leaf, Tensor]) -> list[Leaf]:
         """What is needed now, then what later stages will need, as far as all samples of it fit."""
@@ -314,48 +373,6 @@ class PrefixCache:
         each = value[0].numel() if value.dim() and len(value) else 0
         return each * (self.store.dtype or value.dtype).itemsize + ENTRY
 
-    def _values(
-        self,
-        call: Call,
-        space: bytes,
-        keys: Sequence[bytes],
-        missing: Sequence[int],
-        fresh: dict[Leaf, Tensor],
-    ) -> dict[Leaf, Tensor]:
-        assert self.fit is not None
-        if len(missing) == call.rows:
-            return fresh
-        absent = set(missing)
-        there = [row for row in range(call.rows) if row not in absent]
-        found = {}
-        for leaf in self.fit.needed:
-            layout = self._outputs[space][leaf[0]].leaves[leaf[1]]
-            place = self._place(space, leaf)
-            stored = self.store.get(place, [keys[i] for i in there], layout.dtype, layout.device)
-            if missing:
-                whole = stored.new_empty((call.rows, *stored.shape[1:]))
-                if fresh[leaf].shape[1:] != stored.shape[1:] or fresh[leaf].dtype != stored.dtype:
-                    raise SkippedActivation("outputs have another shape now", frozenset())
-                whole[torch.tensor(there, device=whole.device)] = stored
-                whole[torch.tensor(missing, device=whole.device)] = fresh[leaf]
-                stored = whole
-            found[leaf] = layout.arranged(stored)
-        return found
-
-    def _shaped(self, space: bytes, call: Call) -> dict[int, Output]:
-        """What skipped calls return, for this number of samples."""
-        assert self.fit is not None
-        found = {}
-        for number, output in self._outputs[space].items():
-            leaves = []
-            for position, leaf in enumerate(output.leaves):
-                if isinstance(leaf, Layout) and (number, position) in self.fit.by_row:
-                    shape = torch.Size((call.rows, *leaf.shape[1:]))
-                    leaf = Layout(shape, leaf.dtype, leaf.device, leaf.order)
-                leaves.append(leaf)
-            found[number] = Output(output.spec, tuple(leaves))
-        return found
-
     def _verify(self, call: Call, values: dict[Leaf, Tensor], missing: Sequence[int]) -> None:
         """Compare a few of the rows that were found with what the frozen part gives now."""
         if not self._unverified or len(missing) == call.rows:
@@ -372,18 +389,6 @@ class PrefixCache:
         for leaf, value in values.items():
             if not close(value[rows], now.values[leaf], tolerance):
                 raise SkippedActivation("the frozen part gives something else now", frozenset())
-
-
-def _plain(outputs: dict[int, Output] | None) -> Any:
-    """What skipped calls return beside tensors."""
-    if outputs is None:
-        return None
-    return [
-        (number, position, type(leaf), leaf)
-        for number, output in outputs.items()
-        for position, leaf in enumerate(output.leaves)
-        if not isinstance(leaf, Layout)
-    ]
 
 
 def _read_by(module: nn.Module) -> frozenset[str]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_leaves
 from lightning_freeze.cache.calls import foreign_hooks
 from lightning_freeze.cache.content import version_of
 from lightning_freeze.cache.keys import Call, autocasts
-from lightning_freeze.cache.replay import Output, Replay
+from lightning_freeze.cache.replay import Collected, Output, Replay
 from lightning_freeze.cache.sideways import aside, random_state, set_random_state
 from lightning_freeze.cache.skipped import Leaf, SkippedActivation
 
@@ -50,6 +50,7 @@ class Fit:
         rows: samples that it was tried with.
         spec: the tree of arguments that it was tried with.
         outside: tensors that it reads beside its arguments and its layers' own.
+        first: what it gave for the samples that it was tried with.
     """
 
     needed: frozenset[Leaf]
@@ -58,6 +59,7 @@ class Fit:
     rows: int
     spec: TreeSpec
     outside: tuple[Tensor, ...]
+    first: Collected
 
 
 class _Births(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -228,7 +230,9 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     _check_kept(watch, real, needed, replay.free)
     _check_rows(replay, watch, needed, rows, alone)
     outside = tuple(watch.births.outside.values())
-    return Fit(needed, call.batched, by_row, call.rows, call.spec, outside)
+    values = {leaf: value for leaf, value in watch.values.items() if leaf in by_row}
+    first = Collected(watch.outputs, values)
+    return Fit(needed, call.batched, by_row, call.rows, call.spec, outside, first)
 
 
 def _check_outside(replay: Replay, watch: _Watch) -> None:

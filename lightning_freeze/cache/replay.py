@@ -12,7 +12,7 @@ import copy
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,21 @@ class Collected:
     seconds: float = 0.0
 
 
+@dataclass
+class Start:
+    """Where to begin within the prefix.
+
+    Attributes:
+        replayed: a shorter prefix of the same scope.
+        outputs: what its calls return, without the values.
+        values: the values there are.
+    """
+
+    replayed: Replay
+    outputs: dict[int, Output]
+    values: dict[Leaf, Tensor]
+
+
 class Replay:
     """The calls of one scope.
 
@@ -81,7 +96,7 @@ class Replay:
         self.free: frozenset[int] = frozenset()
         self._skipped = len(prefix.skipped)
         self._mode = PLAIN
-        self._originals: dict[int, Callable[..., Any]] = {}
+        self._original: Callable[..., Any] = prefix.scope.forward
         self._wanted: frozenset[Leaf] = frozenset()
         self._collected = Collected()
         self._answers: dict[int, Any] = {}
@@ -96,9 +111,8 @@ class Replay:
         """Have the scope's calls go to `handler(*args, **kwargs)`."""
         scope = self.prefix.scope
         self._handler = handler
-        self._originals = {id(m): m.forward for m in dict.fromkeys(self.modules)}
-        self._originals[id(scope)] = scope.forward
-        entry = Entry(scope, self._originals[id(scope)], self._scoped)
+        self._original = scope.forward
+        entry = Entry(scope, self._original, self._scoped)
         self._entry = entry
         vars(scope)["forward"] = entry
 
@@ -146,10 +160,6 @@ class Replay:
         args, kwargs = call.take(range(call.rows))
         return self._original(*args, **kwargs)
 
-    @property
-    def _original(self) -> Callable[..., Any]:
-        return self._originals[id(self.prefix.scope)]
-
     def watched(self, call: Call, watch: Callable[[int, Any, Any], Any]) -> Any:
         """As it is, with each skipped call made by `watch(number, original, arguments)`."""
         self._watch = watch
@@ -167,22 +177,34 @@ class Replay:
         """Whether the scope itself is what is skipped."""
         return self.prefix.skipped[0] is self.prefix.scope
 
-    def collect(self, call: Call, rows: Sequence[int], wanted: frozenset[Leaf]) -> Collected:
+    def collect(
+        self,
+        call: Call,
+        rows: Sequence[int],
+        wanted: frozenset[Leaf],
+        start: Start | None = None,
+    ) -> Collected:
         """Run the prefix alone, for some samples.
 
         Args:
             call: the call.
             rows: which of its samples.
             wanted: which outputs to bring back.
+            start: where to begin.
 
         Raises:
-            SkippedActivation: one of them requires a gradient: something in the prefix trains.
+            SkippedActivation: one of them requires a gradient: something in the prefix trains; or
+                what stands in front of `start` is read elsewhere.
         """
         self._wanted = wanted
         self._collected = found = Collected()
         began = time.perf_counter()
         args, kwargs = call.take(rows)
-        with self._in(COLLECT):
+        made: list[weakref.ref[Skipped]] = []
+        with ExitStack() as stack:
+            if start is not None:
+                made = stack.enter_context(start.replayed.answering(start.outputs, start.values))
+            stack.enter_context(self._in(COLLECT))
             try:
                 if self.whole:
                     self._seen(0, self._original, args, kwargs)
@@ -190,6 +212,8 @@ class Replay:
                     self._original(*args, **kwargs)
             except _Enough:
                 pass
+        if any(ref() is not None for ref in made):
+            raise SkippedActivation("they are kept after the call", frozenset())
         if self._next != self._skipped:
             raise SkippedActivation("not all of its layers are called", frozenset())
         _wait(found.values)
@@ -209,29 +233,9 @@ class Replay:
             SkippedActivation: a value is needed that isn't in `values`, or a stand-in is kept
                 somewhere when the call is over.
         """
-        made: list[weakref.ref[Skipped]] = []
-        SkippedActivation.last = None
-        self._answers = {
-            number: _answer(number, output, values) for number, output in outputs.items()
-        }
-        Skipped.births = made
-        made += [weakref.ref(stand_in) for stand_in in stand_ins(list(self._answers.values()))]
         args, kwargs = call.take(range(call.rows))
-        try:
-            with self._in(REPLAY):
-                if self.whole:
-                    result = self._answer(args, kwargs)
-                else:
-                    result = self._original(*args, **kwargs)
-            caught = SkippedActivation.last
-        finally:
-            Skipped.births = None
-            self._answers = {}
-            SkippedActivation.last = None
-        if caught is not None:
-            raise SkippedActivation(str(caught), caught.leaves)
-        if self._next != self._skipped:
-            raise SkippedActivation("not all of its layers are called", frozenset())
+        with self.answering(outputs, values) as made:
+            result = self._answer(args, kwargs) if self.whole else self._original(*args, **kwargs)
         left = frozenset().union(*(s.leaves for s in stand_ins(result)))
         if left:
             raise SkippedActivation("the result is made of them", left)
@@ -241,18 +245,49 @@ class Replay:
         return result
 
     @contextmanager
+    def answering(
+        self, outputs: dict[int, Output], values: dict[Leaf, Tensor]
+    ) -> Iterator[list[weakref.ref[Skipped]]]:
+        """Skipped calls in the block return what is stored, and stand-ins for the rest.
+
+        Raises:
+            SkippedActivation: a value was needed that isn't in `values`, be it that the model went
+                on without it; or not all of the calls were made.
+        """
+        made: list[weakref.ref[Skipped]] = []
+        SkippedActivation.last = None
+        self._answers = {
+            number: _answer(number, output, values) for number, output in outputs.items()
+        }
+        Skipped.births = made
+        made += [weakref.ref(stand_in) for stand_in in stand_ins(list(self._answers.values()))]
+        try:
+            with self._in(REPLAY):
+                yield made
+            caught = SkippedActivation.last
+        finally:
+            Skipped.births = None
+            self._answers = {}
+            SkippedActivation.last = None
+        if caught is not None:
+            raise SkippedActivation(str(caught), caught.leaves)
+        if self._next != self._skipped:
+            raise SkippedActivation("not all of its layers are called", frozenset())
+
+    @contextmanager
     def _in(self, mode: str) -> Iterator[None]:
         self._mode, self._next = mode, 0
         scope = self.prefix.scope
         inner = [module for module in dict.fromkeys(self.modules) if module is not scope]
         # layers are replaced only for as long as the call takes: nobody copies them meanwhile
-        for module in inner:
-            module.__dict__["forward"] = self._standing_in(module, self._originals[id(module)])
+        originals = [module.forward for module in inner]
+        for module, original in zip(inner, originals):
+            module.__dict__["forward"] = self._standing_in(module, original)
         try:
             yield
         finally:
-            for module in inner:
-                _put(module, self._originals[id(module)])
+            for module, original in zip(inner, originals):
+                _put(module, original)
             self._mode = PLAIN
 
     def _answer(self, args: Any, kwargs: Any) -> Any:

@@ -195,6 +195,7 @@ class _Run:
         self.store = store
         self.stats = stats
         self.cache: PrefixCache | None = None
+        self._before: PrefixCache | None = None
         self._names = {m: name for name, m in reversed(list(module.named_modules()))}
         self._parameters = list(module.parameters())
         self._flags = b""
@@ -287,7 +288,9 @@ class _Run:
 
     def _plan(self) -> None:
         """Find out what can be left out now."""
-        old, self.cache, self._whole_epochs = self.cache, None, 0
+        if self.cache is not None and self.cache.fit is not None:
+            self._before = self.cache
+        self.cache, self._whole_epochs = None, 0
         if self._tree is None:
             return
         self._plans += 1
@@ -300,6 +303,7 @@ class _Run:
             does = "does nothing for now" if prefix is None else "leaves out less than it could"
             rank_zero_warn(f"FrozenFeatureCache {does}: {reason}.")
         if prefix is None:
+            self._before = None
             self.stats.skipped = ""
             self.store.clear()
             return
@@ -312,8 +316,9 @@ class _Run:
             later,
             self._samples,
             self._aside,
-            None if old is None or old.fit is None else old,
+            self._before,
         )
+        self._before = None
         names = [self._names[m] or type(m).__name__ for m in prefix.skipped]
         self.stats.skipped = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
 
