@@ -14,6 +14,7 @@ from torch import nn
 from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
 from lightning_freeze.cache.prefix_cache import CacheStats, PrefixCache
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
+from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._session import session_of
 from lightning_freeze.errors import ArgumentError
 
@@ -86,7 +87,7 @@ class FrozenFeatureCache(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the fit that it takes part in."""
-        return {**vars(self), "_run": None}
+        return own_state(self, _run=None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second one.
