@@ -215,7 +215,7 @@ class Snapshot:
 
 
 class _Guard:
-    """Has modes reasserted where a frozen module is entered. In a copy of a model it does nothing."""
+    """Has modes reasserted where a frozen module is entered; in copies of the model, nothing."""
 
     def __init__(self, applier: Applier | None = None) -> None:
         self._applier = applier
