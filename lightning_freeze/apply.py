@@ -214,6 +214,21 @@ class Snapshot:
                 _mode_before[module] = self.mode_before[path]
 
 
+class _Guard:
+    """Has modes reasserted where a frozen module is entered; in copies of the model, nothing."""
+
+    def __init__(self, applier: Applier | None = None) -> None:
+        self._applier = applier
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """A frozen module is entered."""
+        if module.training and self._applier is not None:
+            self._applier.reassert()
+
+    def __reduce__(self) -> Any:
+        return _Guard, ()
+
+
 class Applier:
     """Applies plans to one model during one fit, and keeps frozen modules in eval mode.
 
@@ -298,10 +313,7 @@ class Applier:
         """Reassert when a frozen module is entered: ``train()`` may be called inside a step."""
         self.stop()
 
-        def guard(module: nn.Module, _: Any) -> None:
-            if module.training:
-                self.reassert()
-
+        guard = _Guard(self)
         self._guards = [self.index.modules[r].register_forward_pre_hook(guard) for r in roots]
 
     def stop(self) -> None:

@@ -7,18 +7,22 @@ mode or is watched from outside.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from torch.utils._pytree import tree_leaves
 
-from lightning_freeze.audit.moods import minds_its_mode
+from lightning_freeze.audit.moods import is_dropout, minds_its_mode
 
 Trains = Callable[[nn.Parameter], bool]
+
+_TRAIN_MODE = "is in train mode"
 
 
 @dataclass
@@ -27,12 +31,14 @@ class Node:
 
     Attributes:
         grad: whether its output needed a gradient.
+        recorded: whether gradients were recorded at all.
     """
 
     module: nn.Module | None
     children: list[Node] = field(default_factory=list)
     seconds: float = 0.0
     grad: bool = False
+    recorded: bool = True
 
     def walk(self) -> Iterator[Node]:
         """This call and all inside, in order."""
@@ -51,7 +57,7 @@ def traced(model: nn.Module) -> Iterator[Node]:
 
     def enter(module: nn.Module, args: Any) -> None:
         if module in known:
-            node = Node(module)
+            node = Node(module, recorded=torch.is_grad_enabled())
             open_nodes[-1].children.append(node)
             open_nodes.append(node)
             began.append(time.perf_counter())
@@ -82,13 +88,15 @@ class Prefix:
         scope: the module whose call has all of it inside.
         skipped: the calls' modules, in order; the scope itself if all of it is frozen.
         seconds: what they took in the traced step.
-        around: modules in whose calls they are called.
+        around: modules in whose calls they are called, the scope first.
+        late: what trains was called before, so what they are given may depend on it some day.
     """
 
     scope: nn.Module
     skipped: tuple[nn.Module, ...]
     seconds: float
     around: tuple[nn.Module, ...] = ()
+    late: bool = False
 
 
 def by_flag(parameter: nn.Parameter) -> bool:
@@ -96,31 +104,80 @@ def by_flag(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad
 
 
-def find_prefix(root: Node, trains: Trains = by_flag) -> tuple[Prefix | None, str]:
+def find_prefix(
+    root: Node,
+    trains: Trains = by_flag,
+    names: Mapping[nn.Module, str] = MappingProxyType({}),
+) -> tuple[Prefix | None, str]:
     """The longest prefix in time that can be skipped, or None and the reason.
+
+    Where what trains comes first, such as one of two towers, it may be a call of its own that
+    nothing before has an influence on.
 
     Args:
         root: of a traced step.
         trains: whether a parameter trains; that of a later stage may be asked for.
+        names: module -> its path, for the reason.
 
     Returns:
         The prefix, and why it ends before the first layer that trains, if it does.
     """
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        return None, "there are hooks on all modules, of `register_module_forward_hook` or alike"
     best: Prefix | None = None
     reason = ""
     for top in root.children:
         nodes: list[Node] = []
         stop = _lead(top, trains, nodes)
-        reason = reason or _reason(top, stop, trains)
-        if not any(_holds_weights(node.module) for node in nodes):
-            continue
-        seconds = sum(node.seconds for node in nodes)
-        scope = _common(top, nodes)
-        assert scope.module is not None
-        modules = tuple(node.module for node in nodes if node.module is not None)
-        if best is None or seconds > best.seconds:
-            best = Prefix(scope.module, modules, seconds, _around(scope, nodes))
+        nodes, watched = _unwatched(top, nodes)
+        reason = reason or _reason(top, watched or stop, nodes, trains, names)
+        if any(_holds_weights(node.module) for node in nodes):
+            best = _longer(best, _prefix(_common(top, nodes), nodes))
+    if best is None:
+        trained = {node.module for node in root.walk() if node.grad}
+        for node in _apart(root, trains, trained):
+            best = _longer(best, _prefix(node, [node], late=True))
     return best, reason
+
+
+def _prefix(scope: Node, nodes: Sequence[Node], *, late: bool = False) -> Prefix:
+    assert scope.module is not None
+    modules = tuple(node.module for node in nodes if node.module is not None)
+    seconds = sum(node.seconds for node in nodes)
+    return Prefix(scope.module, modules, seconds, _around(scope, nodes), late)
+
+
+def _longer(one: Prefix | None, other: Prefix) -> Prefix:
+    return other if one is None or other.seconds > one.seconds else one
+
+
+def _apart(node: Node, trains: Trains, trained: Set[Any]) -> Iterator[Node]:
+    """Frozen calls that no gradient goes through, as what trains isn't in front of them."""
+    free = _holds_weights(node.module) and node.module not in trained and node.recorded
+    if free and obstacle(node.module, trains) is None:
+        yield node
+        return
+    for child in node.children:
+        yield from _apart(child, trains, trained)
+
+
+def _unwatched(top: Node, nodes: list[Node]) -> tuple[list[Node], Node | None]:
+    """What comes before the first call that has hooks and some of the skipped calls inside.
+
+    Hooks on the scope itself don't matter: they run before and after its `forward`.
+    """
+    stop = None
+    while nodes:
+        scope = _common(top, nodes)
+        around = set(_around(scope, nodes)) - {scope.module}
+        watched = (n for n in scope.walk() if n.module in around and foreign_hooks(n.module))
+        found = next(watched, None)
+        if found is None:
+            break
+        stop = found
+        inside = {id(node) for node in stop.walk()}
+        nodes = nodes[: [id(node) in inside for node in nodes].index(True)]
+    return nodes, stop
 
 
 def _around(scope: Node, nodes: Sequence[Node]) -> tuple[nn.Module, ...]:
@@ -153,7 +210,13 @@ def _lead(node: Node, trains: Trains, found: list[Node]) -> Node | None:
     return node
 
 
-def _reason(top: Node, stop: Node | None, trains: Trains) -> str:
+def _reason(
+    top: Node,
+    stop: Node | None,
+    nodes: Sequence[Node],
+    trains: Trains,
+    names: Mapping[nn.Module, str],
+) -> str:
     """Why a prefix ends where it does; "" if what trains comes next."""
     if stop is None or stop.module is None:
         return ""
@@ -167,25 +230,46 @@ def _reason(top: Node, stop: Node | None, trains: Trains) -> str:
             if any(p is not None and trains(p) for p in own):
                 return ""
             break
-    why = obstacle(stop.module, trains)
-    if why is None:
+    found = obstacle(stop.module, trains)
+    covered = {id(inner) for node in nodes for inner in node.walk()}
+    weighty = [node for node in stop.walk() if _holds_own_weights(node.module)]
+    if found is None or (weighty and all(id(node) in covered for node in weighty)):
         return ""
-    return f"it ends before a {type(stop.module).__name__}, which isn't trained, but {why}"
+    inner, why = found
+    kind = f"a {type(stop.module).__name__}"
+    path = names.get(stop.module)
+    where = f"it ends before `{path}`, {kind}," if path else f"it ends before {kind},"
+    if inner is not stop.module:
+        why = f"`{names[inner]}` in it {why}" if inner in names else f"a part of it {why}"
+    return f"{where} which isn't trained, but {why}{_advice(inner, why, names)}"
 
 
-def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> str | None:
-    """Why a module can't be skipped; None if it can."""
+def _advice(module: nn.Module, why: str, names: Mapping[nn.Module, str]) -> str:
+    """What to write where a mode is in the way."""
+    path = names.get(module)
+    if not path or _TRAIN_MODE not in why:
+        return ""
+    write = f"{path}.p = 0.0" if is_dropout(module) else f"{path}.eval()"
+    return f" (if that isn't wanted, write `{write}` before the fit)"
+
+
+def _holds_own_weights(module: nn.Module | None) -> bool:
+    return module is not None and any(p is not None for p in module._parameters.values())
+
+
+def obstacle(module: nn.Module | None, trains: Trains = by_flag) -> tuple[nn.Module, str] | None:
+    """What in a module keeps it from being skipped, and why; None if nothing does."""
     if module is None:
-        return "it is no module"
+        return nn.Module(), "is no module"
     for inner in module.modules():
         if any(trains(p) for p in inner._parameters.values() if p is not None):
-            return "it trains"
+            return inner, "trains"
         if is_compiled(inner):
-            return f"{_in(inner, module)} is compiled"
+            return inner, "is compiled"
         if inner.training and minds_its_mode(inner):
-            return f"{_in(inner, module)} is in train mode"
+            return inner, _TRAIN_MODE
         if foreign_hooks(inner):
-            return f"{_in(inner, module)} has hooks"
+            return inner, "has hooks"
     return None
 
 
@@ -197,10 +281,6 @@ def is_compiled(module: nn.Module) -> bool:
         or by_lightning is not None
         or type(module).__name__ == "OptimizedModule"
     )
-
-
-def _in(inner: nn.Module, module: nn.Module) -> str:
-    return "it" if inner is module else f"a {type(inner).__name__} in it"
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:

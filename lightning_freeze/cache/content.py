@@ -13,6 +13,7 @@ from lightning_freeze import accelerator
 from lightning_freeze.audit.moods import minds_its_mode
 from lightning_freeze.cache.calls import foreign_hooks
 from lightning_freeze.cache.reads import names_read
+from lightning_freeze.cache.replay import Entry
 from lightning_freeze.digests import dense, digests
 
 # what every module has; `_modules` and the tables of tensors are compared one by one
@@ -43,7 +44,9 @@ class Content:
         inner = list(dict.fromkeys(m for module in modules for m in module.modules()))
         self._inner = inner
         self._around = [module for module in around if module not in set(inner)]
-        self._everywhere = (*inner, *self._around)
+        # hooks of the first of those around are called before and after its `forward`
+        self._watched = [*inner, *(m for m in self._around if m is not around[0])]
+        self._forwards = [(m, _forward_of(m)) for m in (*inner, *self._around)]
         self._modes = [m for m in inner if minds_its_mode(m)]
         self._made_of = [(m._modules, list(m._modules.values())) for m in inner if m._modules]
         tables = [t for m in inner for t in (m._parameters, m._buffers) if t]
@@ -61,8 +64,8 @@ class Content:
         ]
         # writes to tensors that were made in inference mode aren't counted
         self._counted = [p for p, t in enumerate(self._tensors) if not t.is_inference()]
-        self._watched = [self._tensors[p] for p in self._counted]
-        self._versions = list(map(_VERSION, self._watched))
+        self._versioned = [self._tensors[p] for p in self._counted]
+        self._versions = list(map(_VERSION, self._versioned))
         self._digests = _digests(self._tensors)
         self._attributes = list(self._read())
         self._generation = 0
@@ -73,14 +76,15 @@ class Content:
             return False
         if any(map(_TRAINING, self._modes)) or any(map(_REQUIRES_GRAD, self._tensors)):
             return False
-        if any(
-            foreign_hooks(m) for m in self._everywhere if m._forward_hooks or m._forward_pre_hooks
-        ):
+        hooked = [m for m in self._watched if m._forward_hooks or m._forward_pre_hooks]
+        if any(foreign_hooks(m) for m in hooked):
             return False
         return self.whole()
 
     def whole(self) -> bool:
-        """False where a tensor or a module was exchanged for another one."""
+        """False where a tensor, a module or its `forward` was exchanged for another one."""
+        if any(_forward_of(module) is not forward for module, forward in self._forwards):
+            return False
         return all(
             len(table) == len(values) and all(map(is_, table.values(), values))
             for tables in (self._tables, self._made_of)
@@ -90,6 +94,9 @@ class Content:
     def covers(self, other: Content) -> bool:
         """Whether all that another one is made of is looked after here."""
         mine = {id(tensor) for tensor in self._tensors}
+        forwards = dict(self._forwards)
+        if any(forwards.get(module) is not forward for module, forward in other._forwards):
+            return False
         return set(other._inner) <= set(self._inner) and all(
             id(tensor) in mine for tensor in other._tensors
         )
@@ -102,7 +109,7 @@ class Content:
                 were written: it isn't told of writes through `.data`.
         """
         changed = self._attributes_changed()
-        versions = list(map(_VERSION, self._watched))
+        versions = list(map(_VERSION, self._versioned))
         if not all_bytes and versions == self._versions:
             return changed
         found = zip(self._counted, versions, self._versions)
@@ -141,6 +148,14 @@ class Content:
         for module in self._around:
             kind: Any = type(module)
             yield from _kept(vars(module), names_read(kind), seen)
+
+
+def _forward_of(module: nn.Module) -> Any:
+    """The `forward` that somebody has set on a module itself, if it isn't that of its class."""
+    own = vars(module).get("forward")
+    if not isinstance(own, Entry):
+        return own
+    return None if getattr(own.original, "__self__", None) is module else own.original
 
 
 def _kept(owner: dict[str, Any], names: frozenset[str] | None, seen: set[int]) -> Iterator[Any]:

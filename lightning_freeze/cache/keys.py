@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from lightning_freeze.cache.opened import opened
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
@@ -33,12 +36,14 @@ class Call:
         spec: the tree.
         batched: positions of the tensors that have one row per sample.
         rows: number of samples.
+        given: the arguments themselves, by position and by name.
     """
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
     batched: tuple[int, ...]
     rows: int
+    given: tuple[Sequence[Any], dict[str, Any]] = ((), {})
 
     @classmethod
     def of(
@@ -58,7 +63,7 @@ class Call:
         Raises:
             Unkeyable: an argument isn't plain, or requires a gradient.
         """
-        leaves, spec = tree_flatten((tuple(args), dict(sorted(kwargs.items()))))
+        leaves, spec = _flat(args, kwargs)
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         for position in tensors:
             tensor = leaves[position]
@@ -78,7 +83,12 @@ class Call:
         counts = {leaves[i].shape[0] if i in tensors and leaves[i].dim() else -1 for i in batched}
         if len(counts) > 1 or -1 in counts:
             raise Unkeyable("the inputs of the frozen part have different numbers of rows")
-        return cls(tuple(leaves), spec, tuple(batched), counts.pop())
+        return cls(tuple(leaves), spec, tuple(batched), counts.pop(), (args, kwargs))
+
+    def untouched(self) -> bool:
+        """Whether the arguments still hold what they did: a model may write to a dict."""
+        leaves, spec = _flat(*self.given)
+        return spec == self.spec and all(map(is_, leaves, self.leaves))
 
     def keys(self, beside: str = "") -> tuple[bytes, list[bytes]]:
         """The space, and a key for each sample in it.
@@ -115,7 +125,7 @@ class Call:
         return space.digest(), found
 
     def take(self, rows: Sequence[int]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The same call with some of the samples; with all of them, the very same arguments."""
+        """The same call with some of the samples, in containers of its own."""
         leaves = list(self.leaves)
         if len(rows) < self.rows:
             for position in self.batched:
@@ -123,6 +133,14 @@ class Call:
                 leaves[position] = tensor[torch.tensor(rows, device=tensor.device)]
         args, kwargs = tree_unflatten(leaves, self.spec)
         return args, kwargs
+
+
+def _flat(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[list[Any], TreeSpec]:
+    tree = (tuple(args), dict(sorted(kwargs.items())))
+    leaves, spec = tree_flatten(tree)
+    if all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves):
+        return leaves, spec
+    return tree_flatten(opened(tree))
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:

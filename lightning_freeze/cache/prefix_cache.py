@@ -38,7 +38,7 @@ class CacheStats:
         misses: samples whose frozen part was computed, and kept where there was room.
         shortened: of the misses, those that began with what an earlier stage had kept: only the
             layers that have frozen since were computed.
-        nbytes: memory (or disk) that rows and keys take.
+        nbytes: the most memory (or disk) that rows and keys took.
         seconds_saved: time that the frozen part would have taken, less that of looking up.
         skipped: what is left out now, in words; "" if nothing.
         aside: why the cache does nothing any more; "" if it does.
@@ -74,6 +74,10 @@ class PrefixCache:
         samples: rows of a batch -> about how many samples will be seen in an epoch.
         step_aside: is told why nothing is cached any more.
         before: the cache that made the rows in the store.
+
+    Attributes:
+        blocked: whether it had to let a call be, as something was hooked into or exchanged.
+        training: whether the present batch is one of the training.
     """
 
     def __init__(
@@ -92,6 +96,8 @@ class PrefixCache:
         self.fit: Fit | None = None
         self.full = False
         self.forgot = False
+        self.blocked = False
+        self.training = True
         self._step_aside = step_aside
         self._samples = samples
         self._chosen: frozenset[Leaf] | None = None
@@ -166,7 +172,10 @@ class PrefixCache:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The scope's call."""
         original = self.replayed._original
-        if self._over or _transformed() or not self.content.usable():
+        if self._over or _transformed():
+            return original(*args, **kwargs)
+        if not self.content.usable():
+            self.blocked = True
             return original(*args, **kwargs)
         try:
             call = Call.of(args, kwargs, None if self.fit is None else self.fit.batched)
@@ -176,7 +185,8 @@ class PrefixCache:
         if not call.rows:
             return original(*args, **kwargs)
         if self.fit is None or (self.fit.rows == 1 and call.rows > 1):
-            if not torch.is_grad_enabled():
+            # without gradients only what is frozen as a whole shows that nothing in it trains
+            if not torch.is_grad_enabled() and not (self.training and self.replayed.whole):
                 return original(*args, **kwargs)
             self.content.changed()
             result, found = probe(self.replayed, call)
@@ -278,7 +288,7 @@ class PrefixCache:
         self._missed |= bool(missing)
         self.stats.misses += len(missing)
         self.stats.hits += call.rows - len(missing)
-        self.stats.nbytes = self.store.nbytes
+        self.stats.nbytes = max(self.stats.nbytes, self.store.nbytes)
         overhead = looked - began - self._ran
         self.stats.seconds_saved += self._per_row * (call.rows - len(missing)) - overhead
         return result

@@ -153,7 +153,7 @@ class _Watch:
                 # what comes next may write to it
                 self.values[number, position] = leaf.detach().clone()
             elif not isinstance(leaf, _PLAIN):
-                self._is(f"a frozen layer returns a {type(leaf).__name__}")
+                self._is(f"a frozen layer returns a {type(leaf).__name__}{_advice(leaf)}")
             elif leaf is not None and (self.births.numbers or isinstance(leaf, (float, complex))):
                 self._is("a frozen layer returns a number that depends on the samples")
         self.random = random_state(self.scope)
@@ -171,7 +171,7 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
         What the call returns, and what was found.
     """
     scope = replay.prefix.scope
-    if any(foreign_hooks(module) for module in scope.modules()):
+    if any(foreign_hooks(module) for module in scope.modules() if module is not scope):
         return replay.plain(call), Unfit(f"there are hooks on layers in {type(scope).__name__}")
     watch = _Watch(replay, call)
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor)]
@@ -184,12 +184,22 @@ def probe(replay: Replay, call: Call) -> tuple[Any, Fit | Unfit]:
     try:
         if versions != [version_of(tensor) for tensor in tensors]:
             raise Unfit("the frozen part changes its input in place")
+        if not call.untouched():
+            raise Unfit("the model changes what is in the batch that it is given")
         if watch.random != random:
             raise Unfit("the frozen part draws random numbers")
         _check_outside(replay, watch)
         return result, _find(replay, call, watch, result, random)
     except Unfit as unfit:
         return result, unfit
+
+
+def _advice(leaf: Any) -> str:
+    """What to write where a layer fills a cache of keys and values, as decoders do by default."""
+    name = type(leaf).__name__
+    if isinstance(leaf, (Tensor, *_PLAIN)) or not name.endswith("Cache"):
+        return ""
+    return f" (a {name} is for generating text: write `model.config.use_cache = False`)"
 
 
 def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any]) -> Fit:
@@ -225,7 +235,8 @@ def _find(replay: Replay, call: Call, watch: _Watch, real: Any, random: list[Any
     if needed - by_row:
         raise Unfit("what it returns has no row per sample")
     if not _same(result, real):
-        raise Unfit("leaving it out gives another result")
+        kept = "".join(map(_advice, tree_leaves(real)))
+        raise Unfit(f"leaving it out gives another result{kept}")
     del result, values
     _check_kept(watch, real, needed, replay.free)
     _check_rows(replay, watch, needed, rows, alone)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Iterator
 from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
+
+_NAMED = frozenset(dis.hasname)
 
 
 @cache
@@ -14,10 +17,12 @@ def names_read(kind: Any) -> frozenset[str]:
 
     >>> from torch import nn
     >>> class Scaled(nn.Module):
-    ...     def forward(self, x): return self.double(x) * self.scale
+    ...     def forward(self, x):
+    ...         self.last = y = self.double(x) * self.scale
+    ...         return y
     ...     def double(self, x): return x * self.factor
     ...     def fit(self): self.loss = 0.0
-    >>> sorted(names_read(Scaled) & {"scale", "factor", "loss"})
+    >>> sorted(names_read(Scaled) & {"scale", "factor", "loss", "last"})
     ['factor', 'scale']
     """
     found: set[str] = set()
@@ -39,7 +44,11 @@ def names_read(kind: Any) -> frozenset[str]:
 
 
 def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
+    for instruction in dis.get_instructions(code):
+        name = instruction.argval
+        # what is only written isn't read; one of the same name elsewhere is found there
+        if instruction.opcode in _NAMED and not instruction.opname.startswith(("STORE", "DELETE")):
+            yield name
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)

@@ -95,6 +95,7 @@ class Replay:
         # calls that run in a replay, too: what they return has no row per sample
         self.free: frozenset[int] = frozenset()
         self._skipped = len(prefix.skipped)
+        self._last = self._skipped - 1
         self._mode = PLAIN
         self._original: Callable[..., Any] = prefix.scope.forward
         self._wanted: frozenset[Leaf] = frozenset()
@@ -157,7 +158,7 @@ class Replay:
 
     def plain(self, call: Call) -> Any:
         """As if nothing were installed."""
-        args, kwargs = call.take(range(call.rows))
+        args, kwargs = call.given
         return self._original(*args, **kwargs)
 
     def watched(self, call: Call, watch: Callable[[int, Any, Any], Any]) -> Any:
@@ -165,7 +166,7 @@ class Replay:
         self._watch = watch
         try:
             with self._in(COLLECT):
-                args, kwargs = call.take(range(call.rows))
+                args, kwargs = call.given
                 if self.whole:
                     return watch(0, self._original, (args, kwargs))
                 return self._original(*args, **kwargs)
@@ -314,10 +315,11 @@ class Replay:
             if leaf.requires_grad:
                 raise SkippedActivation("a frozen layer's output needs a gradient", frozenset())
             if (number, position) in self._wanted:
-                found.values[number, position] = leaf
+                # what comes next may write to it
+                found.values[number, position] = leaf if number == self._last else leaf.clone()
         if number < self._skipped:
             self._next += 1
-        if number == self._skipped - 1:
+        if number == self._last:
             raise _Enough
         return result
 

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
 from lightning_freeze.distributed import together
 from lightning_freeze.errors import ResumeError
@@ -31,7 +32,7 @@ class FreezingCallback(_session.Freezing):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the fit that it takes part in."""
-        return {**vars(self), "_session": None}
+        return own_state(self, _session=None)
 
     def goes_on(self, trainer: Trainer) -> bool:
         """In `setup`: whether a trainer goes on from its last fit, which had this callback."""

@@ -15,15 +15,22 @@ from torch import nn
 from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
 from lightning_freeze.cache.prefix_cache import CacheStats, PrefixCache
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
+from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._session import session_of
+from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.errors import ArgumentError
+from lightning_freeze.sharded import is_sharded
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _SELDOM = 0.1
+# of an epoch's samples, when those of the epochs before are enough to judge by
+_MOST = 0.75
 # seconds that may be lost before it is a reason
 _LOST = 1.0
 # in a fit, where few samples are found
 _MOST_PLANS = 100
+# hooks and modules that are exchanged in a fit
+_MOST_ANEW = 10
 
 
 class FrozenFeatureCache(Callback):
@@ -88,7 +95,7 @@ class FrozenFeatureCache(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the fit that it takes part in."""
-        return {**vars(self), "_run": None}
+        return own_state(self, _run=None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a second one.
@@ -160,12 +167,12 @@ class FrozenFeatureCache(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of what was kept."""
         if self._run is not None:
-            stats = self.stats
-            if stats.hits:
-                rank_zero_info(
-                    f"FrozenFeatureCache: {stats.hits:,} of {stats.hits + stats.misses:,} samples "
-                    f"({100 * stats.hit_rate:.0f} %) didn't run through the frozen layers; about "
-                    f"{stats.seconds_saved:.1f} s saved, {stats.nbytes / 2**20:.1f} MiB kept."
+            if self.stats.hits:
+                rank_zero_info(_told(self.stats))
+            elif self._run.useless:
+                rank_zero_warn(
+                    "FrozenFeatureCache did nothing: no frozen layer is called before the first "
+                    "that trains, or apart from it."
                 )
             self._run.stop()
             self._run = None
@@ -182,6 +189,20 @@ class FrozenFeatureCache(Callback):
 def _callbacks_of(trainer: Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _in_parts(parameter: nn.Parameter) -> bool:
+    return is_sharded(parameter) or hasattr(parameter, "ds_id")  # DeepSpeed
+
+
+def _told(stats: CacheStats) -> str:
+    samples = stats.hits + stats.misses
+    seconds = stats.seconds_saved
+    time = f"about {seconds:.1f} s saved" if seconds >= 0 else f"{-seconds:.1f} s lost by it"
+    return (
+        f"FrozenFeatureCache: {stats.hits:,} of {samples:,} samples ({100 * stats.hit_rate:.0f} %) "
+        f"didn't run through the frozen layers; {time}, {stats.nbytes / 2**20:.1f} MiB kept."
+    )
 
 
 class _Run:
@@ -203,10 +224,17 @@ class _Run:
         self._said: set[str] = set()
         self._tree: Node | None = None
         self._tracing: AbstractContextManager[Node] | None = None
-        self._epoch_hits = (0, 0)
-        self._whole_epochs = 0
+        self._epoch_began = (0, 0, 0.0)
+        self._planned = 0
+        self._found = False
+        self._anew = 0
         self._plans = 0
         self._validated = False
+
+    @property
+    def useless(self) -> bool:
+        """Whether it looked for frozen layers, and found none that may be left out, nor why."""
+        return self._plans > 0 and not self._found and not self._said
 
     def begin(self, *, may_plan: bool, first: bool = False) -> None:
         """Before a batch.
@@ -225,6 +253,9 @@ class _Run:
                 if self.stats.aside:
                     return
         flags = bytes(map(_REQUIRES_GRAD, self._parameters))
+        if may_plan and self.cache is not None and self.cache.blocked and self._anew < _MOST_ANEW:
+            self._anew += 1
+            self._tree, self._before, self.cache = None, self.cache, None
         if flags != self._flags:
             if not may_plan:
                 return
@@ -234,10 +265,14 @@ class _Run:
             self._flags = flags
             self._plan()
         if self.cache is not None:
+            self.cache.training = may_plan
             self.cache.replayed.install(self.cache)
         elif self._tree is None and may_plan:
             if any(is_compiled(module) for module in self.module.modules()):
                 self._aside("the model is compiled")
+                return
+            if restores_late(self.trainer) or any(map(_in_parts, self._parameters)):
+                self._aside("the model's tensors are sharded over ranks")
                 return
             self._traced_with = flags
             self._tracing = traced(self.module)
@@ -265,7 +300,7 @@ class _Run:
 
     def epoch_starts(self) -> None:
         """Counts begin anew."""
-        self._epoch_hits = (self.stats.hits, self.stats.misses)
+        self._epoch_began = (self.stats.hits, self.stats.misses, self.stats.seconds_saved)
         if self.cache is not None and self.cache.fit is not None:
             self.cache.verify_next()
 
@@ -274,13 +309,17 @@ class _Run:
         self.end()
         if self.cache is None or self.cache.fit is None:
             return
-        self._whole_epochs = 0 if self.cache.forgot else self._whole_epochs + 1
-        self.cache.forgot = False
-        hits = self.stats.hits - self._epoch_hits[0]
-        misses = self.stats.misses - self._epoch_hits[1]
-        if hits and self.stats.seconds_saved < -_LOST:
+        if self.cache.forgot:
+            self.cache.forgot, self._planned = False, self.stats.hits + self.stats.misses
+        hits_before, misses_before, saved_before = self._epoch_began
+        hits, misses = self.stats.hits - hits_before, self.stats.misses - misses_before
+        seen_before = hits_before + misses_before - self._planned
+        if seen_before <= _MOST * (hits + misses):
+            return  # they had no chance to come back
+        saved = self.stats.seconds_saved
+        if hits and saved < -_LOST and saved < saved_before:
             self._aside("looking up takes longer than the frozen layers")
-        elif self._whole_epochs > 1 and hits < _SELDOM * (hits + misses):
+        elif hits < _SELDOM * (hits + misses):
             self._aside(
                 f"samples don't come back (hits: {100 * hits / max(1, hits + misses):.0f} %): they "
                 "are augmented at random, padded to other lengths, or there is room for few"
@@ -290,14 +329,18 @@ class _Run:
         """Find out what can be left out now."""
         if self.cache is not None and self.cache.fit is not None:
             self._before = self.cache
-        self.cache, self._whole_epochs = None, 0
+        self.cache = None
+        self._planned = self.stats.hits + self.stats.misses
         if self._tree is None:
             return
         self._plans += 1
         if self._plans > _MOST_PLANS and self.stats.hits < self.stats.misses:
             self._aside("what is frozen changes too often")
             return
-        prefix, reason = find_prefix(self._tree)
+        prefix, reason = find_prefix(self._tree, names=self._names)
+        if prefix is not None and prefix.late and self._traced_with != self._flags:
+            self._tree = None  # what comes before may train by now
+            return
         if reason and reason not in self._said:
             self._said.add(reason)
             does = "does nothing for now" if prefix is None else "leaves out less than it could"
@@ -307,6 +350,7 @@ class _Run:
             self.stats.skipped = ""
             self.store.clear()
             return
+        self._found = True
         later = self._later(prefix)
         self.cache = PrefixCache(
             prefix,

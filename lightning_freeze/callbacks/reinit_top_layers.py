@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_freeze import renewed
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
 from lightning_freeze.distributed import check_supported, from_all_ranks, together
 from lightning_freeze.errors import ArgumentError
@@ -73,6 +74,10 @@ class ReinitTopLayers(Callback):
             )
         self._deferred = False
         self._done: tuple[str, ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copying."""
+        return own_state(self)
 
     @property
     def state_key(self) -> str:

@@ -22,6 +22,7 @@ from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.callbacks import _session
 from lightning_freeze.callbacks._chronicle import Chronicle
+from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._freezing import by_tuner, check_layout, saved_state, start
 from lightning_freeze.callbacks._hooks import StepHooks
@@ -110,7 +111,7 @@ class TrainableParamAudit(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: what was seen, without the fit in which it was."""
         self._current()
-        return {**vars(self), "_session": None, "_run": None, "_hooks": StepHooks()}
+        return own_state(self, _session=None, _run=None, _hooks=StepHooks())
 
     @property
     def state_key(self) -> str:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from lightning_freeze import FreezeBackbone, FrozenFeatureCache, TrainableParamAudit
+from tests.callbacks import test_fsdp2 as fsdp2
 from tests.ranks.fits import OwnData, fit, sgd
 from tests.ranks.processes import on_ranks
 from tests.toys import seeded
@@ -37,3 +39,32 @@ def test_a_cache_on_two_ranks_changes_nothing_and_the_ranks_stay_equal() -> None
 
 def fresh() -> Any:
     return {name: t.tolist() for name, t in seeded(lambda: OwnData(sgd)).state_dict().items()}
+
+
+class Tells(Callback):
+    """Writes down what the cache has done."""
+
+    def __init__(self, folder: Any, cache: FrozenFeatureCache) -> None:
+        self.folder, self.cache = folder, cache
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        told = f"{self.cache.stats.hits} {self.cache.stats.aside}"
+        (self.folder / f"told-{trainer.global_rank}").write_text(told)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_cache_steps_aside_from_what_is_sharded(ranks: int, tmp_path: Any) -> None:
+    cache = FrozenFeatureCache()
+    for tag, callbacks in (("plain", []), ("cached", [Tells(tmp_path, cache), cache])):
+        save = fsdp2.Save(tmp_path, tag)
+        fsdp2.fit(lambda: fsdp2.Net(sgd), FreezeBackbone(), save, *callbacks, ranks=ranks, epochs=2)
+    for rank in range(ranks):
+        plain, cached = (fsdp2.saved(tmp_path, f"{t}-{rank}-1") for t in ("plain", "cached"))
+        start = fsdp2.saved(tmp_path, f"cached-{rank}-start")
+        assert all(torch.equal(plain[name], cached[name]) for name in plain)
+        assert not torch.equal(start["head.weight"], cached["head.weight"])
+        told = (tmp_path / f"told-{rank}").read_text()
+        assert told == "0 the model's tensors are sharded over ranks"
