@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -154,23 +155,22 @@ def quiet_modules(index: ModelIndex, plan: FreezePlan) -> list[str]:
         for path in plan.lively
         if path in index.modules
         for name in index.within(index.modules[path])
-    }
-    quiet: set[str] = set()
-    for path, module in index.modules.items():
-        inside = index.within(module)
+    } - plan.frozen  # what of them is frozen counts
+    quiet: dict[str, None] = {}
+    apart = index.held(lively) if lively else repeat(("", 0, 0))
+    for (path, inside, hushed), (_, _, own) in zip(index.held(plan.quiet - lively), apart):
         if path in plan.lively:
-            frozen = bool(inside) and plan.quiet.issuperset(inside)
+            frozen = bool(inside) and plan.quiet.issuperset(index.within(index.modules[path]))
+        elif inside > own:
+            frozen = hushed == inside - own
         else:
-            counted = [name for name in inside if name not in lively or name in plan.frozen]
-            frozen = bool(counted) and plan.quiet.issuperset(counted)
-            frozen = frozen or (not inside and _parent_in(path, quiet))
-            frozen = frozen or (bool(inside) and not counted and _parent_in(path, quiet))
+            frozen = _parent_in(path, quiet)
         if frozen:
-            quiet.add(path)
-    return [path for path in index.modules if path in quiet]
+            quiet[path] = None
+    return list(quiet)
 
 
-def _parent_in(path: str, quiet: set[str]) -> bool:
+def _parent_in(path: str, quiet: Container[str]) -> bool:
     return bool(path) and path.rpartition(".")[0] in quiet
 
 
