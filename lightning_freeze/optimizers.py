@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.errors import ArgumentError, UnsupportedError
-from lightning_freeze.labels import free
+from lightning_freeze.labels import Names
 from lightning_freeze.names import ModelIndex
 
 FACTOR = "lr_factor"
@@ -319,10 +319,9 @@ def _split(
 
 def _unique_names(groups: list[dict[str, Any]]) -> None:
     """LearningRateMonitor refuses two groups of one name."""
-    taken: set[str] = set()
+    give = Names()
     for group in groups:
-        group["name"] = free(str(group["name"]), taken)
-        taken.add(group["name"])
+        group["name"] = give(str(group["name"]))
 
 
 def _join(optimizer: Optimizer) -> None:
