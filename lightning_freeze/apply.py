@@ -234,6 +234,7 @@ class Applier:
         self.woken = self._wake(frozenset(trained))
         self._original = {id(m): m.training for m in index.modules.values()}
         self._quiet: list[nn.Module] = []
+        self._marked: frozenset[str] | None = None  # what may be noted as frozen by a plan
         self._guards: list[RemovableHandle] = []
 
     def _wake(self, trained: frozenset[str]) -> tuple[str, ...]:
@@ -243,7 +244,7 @@ class Applier:
         """
         modules = self.index.modules
         asleep = {path for path, module in modules.items() if not module.training}
-        woken: list[str] = []
+        woken: set[str] = set()
         for path in asleep:
             top = path
             while top and top.rpartition(".")[0] in asleep:
@@ -251,13 +252,13 @@ class Applier:
             if not any(True for _ in modules[top].children()):
                 continue
             holder = path
-            while holder and not self.index.within(modules[holder]):
+            while holder and not self.index.holds(modules[holder]):
                 holder = holder.rpartition(".")[0]
-            if trained.intersection(self.index.within(modules[holder])):
-                woken.append(path)
+            if not trained.isdisjoint(self.index.within(modules[holder])):
+                woken.add(path)
         for path in woken:
             modules[path].training = True
-        return tuple(path for path in modules if path in set(woken))
+        return tuple(path for path in modules if path in woken)
 
     def apply(self, plan: FreezePlan) -> bool:
         """Make the model what the plan says; doing it twice changes nothing.
@@ -265,11 +266,23 @@ class Applier:
         Returns:
             Whether any flag changed.
         """
-        names = list(self.index.parameters)
-        trains = [n for n in plan.trainable(names) if can_train(self.index.parameters[n])]
-        before = [self.index.parameters[name].requires_grad for name in names]
-        _set_flags(self.index, plan.frozen.intersection(names), trains=False, by_plan=True)
-        _set_flags(self.index, trains, trains=True, by_plan=True)
+        frozen, marked = plan.frozen, self._marked
+        off: list[str] = []
+        on: list[str] = []
+        changed = False
+        for name, parameter in self.index.parameters.items():
+            trains = parameter.requires_grad
+            if name in frozen:
+                changed |= trains
+                if trains or parameter.grad is not None:
+                    off.append(name)
+            elif not trains or marked is None or name in marked:
+                if can_train(parameter):
+                    changed |= not trains
+                    on.append(name)
+        _set_flags(self.index, off, trains=False, by_plan=True)
+        _set_flags(self.index, on, trains=True, by_plan=True)
+        self._marked = frozen
         paths = quiet_modules(self.index, plan)
         quiet = [self.index.modules[path] for path in paths]
         kept = {id(module) for module in quiet}
@@ -281,7 +294,7 @@ class Applier:
         self.reassert()
         known = set(paths)
         self._guard([path for path in paths if not _parent_in(path, known)])
-        return before != [self.index.parameters[name].requires_grad for name in names]
+        return changed
 
     def reassert(self) -> None:
         """Put frozen modules back in eval mode if somebody called ``train()``."""

@@ -26,8 +26,8 @@ def clean(name: str) -> str:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile's and FSDP's wrappers; any other as it is."""
-    while inside := _WRAPPERS.intersection(module._modules):
-        module = module.get_submodule(min(inside))
+    while not _WRAPPERS.isdisjoint(module._modules):
+        module = module.get_submodule(min(_WRAPPERS.intersection(module._modules)))
     return module
 
 
@@ -200,7 +200,7 @@ class ModelIndex:
 
     def forget(self) -> None:
         """Drop what is worked out again when it is asked for; a fit may be long."""
-        for made in ("name_of", "order", "_own", "_firsts", "_places", "_paths", "roots", "found"):
+        for made in ("name_of", "order", "roots", "found", "_own", "_firsts", "_places", "_paths", "kinds"):
             vars(self).pop(made, None)
 
     @cached_property
@@ -250,10 +250,21 @@ class ModelIndex:
         [('', 2, 1), ('0', 2, 1), ('1', 0, 0)]
         """
         before = [0, *accumulate(name in names for name in self._firsts)]
-        members = self.members
-        spans = dict(zip(members.paths, zip(members.begins, members.ends)))
-        for path, (begin, end) in spans.items():
+        begins, ends = self.members.begins, self.members.ends
+        # few objects are made: they would set off the garbage collector, which looks at all there is
+        for path, place in dict(zip(self.members.paths, range(len(ends)))).items():
+            begin, end = begins[place], ends[place]
             yield path, end - begin, before[end] - before[begin]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether there are parameters in a module's subtree."""
+        place = self._places[id(unwrap(module))]
+        return self.members.ends[place] > self.members.begins[place]
+
+    @cached_property
+    def kinds(self) -> frozenset[type]:
+        """The classes that its modules and parameters are of."""
+        return frozenset(self.members.kinds)
 
     def path(self, module: nn.Module) -> str:
         """The first name of a module of this model."""
@@ -272,7 +283,7 @@ class ModelIndex:
         found = []
         for name, child in module.named_children():
             full = clean(f"{path}.{name}" if path else name)
-            if full in self.modules and self.within(child):
+            if full in self.modules and self.holds(child):
                 found.append((full, self.modules[full]))
         return found
 
