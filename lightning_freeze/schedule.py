@@ -81,16 +81,16 @@ class UnfreezeSchedule:
         It stands there once for each turn: what trains from the start has (0,), what never trains
         has (). Two parameters of the same turns freeze and unfreeze together.
         """
-        found: dict[str, list[int]] = {name: [] for name in self.governed}
+        found: dict[str, tuple[int, ...]] = dict.fromkeys(self.governed, ())
         changes = [(self.stages[0].trainable, frozenset[str]()), *self.changes]
         for number, change in enumerate(changes):
+            longer: dict[tuple[int, ...], tuple[int, ...]] = {}
             for names in change:
                 for name in names:
-                    if name in found:
-                        found[name].append(number)
-        shared: dict[tuple[int, ...], tuple[int, ...]] = {}
-        turns = ((name, tuple(numbers)) for name, numbers in found.items())
-        return {name: shared.setdefault(numbers, numbers) for name, numbers in turns}
+                    old = found.get(name)
+                    if old is not None:
+                        found[name] = longer.setdefault(old, (*old, number))
+        return found
 
     def tell(self) -> dict[str, str]:
         """Name -> from when it trains or is frozen again, in words, of all that is governed."""

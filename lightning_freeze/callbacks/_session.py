@@ -89,6 +89,7 @@ class Session:
         self._first_trained: bytes | None = None
         self._snapshot: apply.Snapshot | None = None
         self._prepared: ModelIndex | None = None
+        self._settled = False
         self._agreed = -1
 
     @property
@@ -141,7 +142,7 @@ class Session:
         if self.index.parameters.keys() == self._wrapped_with.keys():
             self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
         self._wrapped_with = {}
-        self.index.forget()
+        self._settled = True
 
     def undo(self) -> None:
         """The fit can't start: flags and modes as they were before `setup`."""
@@ -227,6 +228,9 @@ class Session:
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
+        if self._settled and self.index is not None:
+            self.index.forget()  # by now all that asks much of it has asked
+            self._settled = False
         if self.applier is None:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
