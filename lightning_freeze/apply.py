@@ -276,10 +276,9 @@ class Applier:
                 changed |= trains
                 if trains or parameter.grad is not None:
                     off.append(name)
-            elif not trains or marked is None or name in marked:
-                if can_train(parameter):
-                    changed |= not trains
-                    on.append(name)
+            elif (not trains or marked is None or name in marked) and can_train(parameter):
+                changed |= not trains
+                on.append(name)
         _set_flags(self.index, off, trains=False, by_plan=True)
         _set_flags(self.index, on, trains=True, by_plan=True)
         self._marked = frozen

@@ -92,7 +92,7 @@ def _check_later(
 
 
 class _Clock:
-    """Says of single names whether a schedule freezes them in a stage, not stage by stage of all."""
+    """Says whether a schedule freezes a name in a stage, without the set of all that it does."""
 
     def __init__(self, schedule: UnfreezeSchedule) -> None:
         self._schedule = schedule

@@ -200,7 +200,7 @@ class ModelIndex:
 
     def forget(self) -> None:
         """Drop what is worked out again when it is asked for; a fit may be long."""
-        for made in ("name_of", "order", "roots", "found", "_own", "_firsts", "_places", "_paths", "kinds"):
+        for made in _MADE:
             vars(self).pop(made, None)
 
     @cached_property
@@ -251,7 +251,7 @@ class ModelIndex:
         """
         before = [0, *accumulate(name in names for name in self._firsts)]
         begins, ends = self.members.begins, self.members.ends
-        # few objects are made: they would set off the garbage collector, which looks at all there is
+        # few objects are made: more would set off the garbage collector, which looks at all
         for path, place in dict(zip(self.members.paths, range(len(ends)))).items():
             begin, end = begins[place], ends[place]
             yield path, end - begin, before[end] - before[begin]
@@ -305,3 +305,6 @@ class ModelIndex:
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """The parameters behind some canonical names."""
         return [self.parameters[name] for name in names]
+
+
+_MADE = tuple(name for name, made in vars(ModelIndex).items() if isinstance(made, cached_property))

@@ -203,9 +203,7 @@ def from_entries(
     scale = dict(schedule.lr_scale)
     for name, factor in given.items():
         scale[name] = scale.get(name, 1.0) * factor
-    return replace(
-        schedule, stages=stages_of(changes), lr_scale=scale, claimed=frozenset(given)
-    )
+    return replace(schedule, stages=stages_of(changes), lr_scale=scale, claimed=frozenset(given))
 
 
 def _set_factor(given: dict[str, float], name: str, entry: Entry) -> None:

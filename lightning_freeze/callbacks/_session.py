@@ -34,7 +34,6 @@ from lightning_freeze.names import ModelIndex
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
-
 # the turns of what trains from the start, and of what a schedule says nothing about
 _ALWAYS = (0,)
 

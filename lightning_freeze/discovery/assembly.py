@@ -6,8 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from os.path import commonprefix
+from itertools import accumulate, takewhile
 from typing import Any
 
 from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup, Stack
@@ -315,7 +314,8 @@ def common_path(names: Sequence[str]) -> str:
     'net'
     """
     # between the first and the last in the order of the alphabet stand all others
-    return commonprefix([min(names), max(names)]).rpartition(".")[0]
+    pairs = zip(*(name.split(".")[:-1] for name in (min(names), max(names))))
+    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def stem_name(index: ModelIndex, names: Sequence[str]) -> str:
