@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -154,23 +155,22 @@ def quiet_modules(index: ModelIndex, plan: FreezePlan) -> list[str]:
         for path in plan.lively
         if path in index.modules
         for name in index.within(index.modules[path])
-    }
-    quiet: set[str] = set()
-    for path, module in index.modules.items():
-        inside = index.within(module)
+    } - plan.frozen  # what of them is frozen counts
+    quiet: dict[str, None] = {}
+    apart = index.held(lively) if lively else repeat(("", 0, 0))
+    for (path, inside, hushed), (_, _, own) in zip(index.held(plan.quiet - lively), apart):
         if path in plan.lively:
-            frozen = bool(inside) and plan.quiet.issuperset(inside)
+            frozen = bool(inside) and plan.quiet.issuperset(index.within(index.modules[path]))
+        elif inside > own:
+            frozen = hushed == inside - own
         else:
-            counted = [name for name in inside if name not in lively or name in plan.frozen]
-            frozen = bool(counted) and plan.quiet.issuperset(counted)
-            frozen = frozen or (not inside and _parent_in(path, quiet))
-            frozen = frozen or (bool(inside) and not counted and _parent_in(path, quiet))
+            frozen = _parent_in(path, quiet)
         if frozen:
-            quiet.add(path)
-    return [path for path in index.modules if path in quiet]
+            quiet[path] = None
+    return list(quiet)
 
 
-def _parent_in(path: str, quiet: set[str]) -> bool:
+def _parent_in(path: str, quiet: Container[str]) -> bool:
     return bool(path) and path.rpartition(".")[0] in quiet
 
 
@@ -249,6 +249,7 @@ class Applier:
         self.woken = self._wake(frozenset(trained))
         self._original = {id(m): m.training for m in index.modules.values()}
         self._quiet: list[nn.Module] = []
+        self._marked: frozenset[str] | None = None  # what may be noted as frozen by a plan
         self._guards: list[RemovableHandle] = []
 
     def _wake(self, trained: frozenset[str]) -> tuple[str, ...]:
@@ -258,7 +259,7 @@ class Applier:
         """
         modules = self.index.modules
         asleep = {path for path, module in modules.items() if not module.training}
-        woken: list[str] = []
+        woken: set[str] = set()
         for path in asleep:
             top = path
             while top and top.rpartition(".")[0] in asleep:
@@ -266,13 +267,13 @@ class Applier:
             if not any(True for _ in modules[top].children()):
                 continue
             holder = path
-            while holder and not self.index.within(modules[holder]):
+            while holder and not self.index.holds(modules[holder]):
                 holder = holder.rpartition(".")[0]
-            if trained.intersection(self.index.within(modules[holder])):
-                woken.append(path)
+            if not trained.isdisjoint(self.index.within(modules[holder])):
+                woken.add(path)
         for path in woken:
             modules[path].training = True
-        return tuple(path for path in modules if path in set(woken))
+        return tuple(path for path in modules if path in woken)
 
     def apply(self, plan: FreezePlan) -> bool:
         """Make the model what the plan says; doing it twice changes nothing.
@@ -280,11 +281,22 @@ class Applier:
         Returns:
             Whether any flag changed.
         """
-        names = list(self.index.parameters)
-        trains = [n for n in plan.trainable(names) if can_train(self.index.parameters[n])]
-        before = [self.index.parameters[name].requires_grad for name in names]
-        _set_flags(self.index, plan.frozen.intersection(names), trains=False, by_plan=True)
-        _set_flags(self.index, trains, trains=True, by_plan=True)
+        frozen, marked = plan.frozen, self._marked
+        off: list[str] = []
+        on: list[str] = []
+        changed = False
+        for name, parameter in self.index.parameters.items():
+            trains = parameter.requires_grad
+            if name in frozen:
+                changed |= trains
+                if trains or parameter.grad is not None:
+                    off.append(name)
+            elif (not trains or marked is None or name in marked) and can_train(parameter):
+                changed |= not trains
+                on.append(name)
+        _set_flags(self.index, off, trains=False, by_plan=True)
+        _set_flags(self.index, on, trains=True, by_plan=True)
+        self._marked = frozen
         paths = quiet_modules(self.index, plan)
         quiet = [self.index.modules[path] for path in paths]
         kept = {id(module) for module in quiet}
@@ -296,7 +308,7 @@ class Applier:
         self.reassert()
         known = set(paths)
         self._guard([path for path in paths if not _parent_in(path, known)])
-        return before != [self.index.parameters[name].requires_grad for name in names]
+        return changed
 
     def reassert(self) -> None:
         """Put frozen modules back in eval mode if somebody called ``train()``."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
+from itertools import chain
 
 from lightning_freeze.errors import ConflictError
-from lightning_freeze.plan import FreezePlan, merge
+from lightning_freeze.plan import merge
 from lightning_freeze.schedule import UnfreezeSchedule
 
 _CLOCKS = ("epoch", "step")
@@ -66,19 +68,48 @@ def _check_later(
     What another schedule freezes at that moment is known where both go by one clock; otherwise it
     counts only what it never unfreezes.
     """
-    for number, stage in list(enumerate(schedule.stages))[1:]:
-        plans = [schedule.plan(number)]
-        for other in others:
-            known = other.unit == schedule.unit and other.unit in _CLOCKS
-            plan = other.plan(other.stage_at(stage.at, stage.at))
-            plans.append(plan if known else FreezePlan(frozen=other.never, claimed=other.claimed))
-        if not merge(plans, before).trainable(names):
+    told = [o.unit == schedule.unit and o.unit in _CLOCKS for o in others]
+    known = [other for other, tells in zip(others, told) if tells]
+    claimed = frozenset().union(*(s.claimed for s in (schedule, *others)))
+    out = frozenset(before) - claimed
+    out = out.union(*(other.never for other, tells in zip(others, told) if not tells))
+    able = [name for name in names if name not in out]
+    clocks = [_Clock(each) for each in (schedule, *known)]
+    witness = None  # something that trains; as a rule it still does in the next stage
+    for number, (begins, _) in enumerate(schedule.changes, 1):
+        at = schedule.stages[number].at
+        for clock, stage in zip(clocks, (number, *(other.stage_at(at, at) for other in known))):
+            clock.go_to(stage)
+        candidates = chain(() if witness is None else (witness,), begins.intersection(able), able)
+        witness = next((n for n in candidates if not any(c.freezes(n) for c in clocks)), None)
+        if witness is None:
             unit = "stage" if schedule.unit == "metric" else schedule.unit
             raise ConflictError(
-                f"Nothing is left to train from {unit} {stage.at} on: {label} freezes again what "
+                f"Nothing is left to train from {unit} {at} on: {label} freezes again what "
                 "trained before, and what it unfreezes then is frozen by another callback, or was "
                 "before the fit. Unfreeze something at the same time, or freeze less."
             )
+
+
+class _Clock:
+    """Says whether a schedule freezes a name in a stage, without the set of all that it does."""
+
+    def __init__(self, schedule: UnfreezeSchedule) -> None:
+        self._schedule = schedule
+        self._turns = {} if schedule.endless else schedule.turns()
+        self._stage = 0
+        self._frozen: frozenset[str] = frozenset()
+
+    def go_to(self, stage: int) -> None:
+        self._stage = stage
+        if self._schedule.endless:
+            self._frozen = self._schedule.plan(stage).frozen
+
+    def freezes(self, name: str) -> bool:
+        if self._schedule.endless:
+            return name in self._frozen
+        turns = self._turns.get(name)
+        return turns is not None and bisect_right(turns, self._stage) % 2 == 0
 
 
 def _check_pair(
@@ -86,7 +117,8 @@ def _check_pair(
 ) -> None:
     """One stage that is blocked in part is a wish to keep that part frozen; in whole, a mistake."""
     added = schedule.arrivals()
-    blocked = [bool(names) and names <= blocker.never for names in added]
+    never = blocker.never
+    blocked = [bool(names) and names <= never for names in added]
     every_later_one = len(blocked) > 1 and all(blocked[1:])
     if blocked[0] or every_later_one or (schedule.claimed and any(blocked)):
         names = sorted(frozenset().union(*(a for a, b in zip(added, blocked) if b)))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Union
 
 from lightning_freeze.entries import HOW, Entry, parse_schedule, read_schedule
 from lightning_freeze.errors import ScheduleError
-from lightning_freeze.schedule import Stage, UnfreezeSchedule
+from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.stages import Stage, stages_of
+
+_Change = tuple[int, Iterable[str], Iterable[str]]
 
 _HOW = (
     "A schedule of what freezes maps an epoch to selectors, as in "
@@ -73,9 +77,10 @@ def freeze_entries(
     Raises:
         ScheduleError: a selector names only what is frozen already.
     """
-    stages = [Stage(0, schedule.governed)]
+    changes: list[_Change] = [(0, schedule.governed, ())]
     since: dict[str, tuple[int, Any]] = {}
     for entry in entries:
+        frozen: set[str] = set()
         for selector in entry.freeze:
             chosen = set(select(selector))
             if chosen <= since.keys():
@@ -85,8 +90,9 @@ def freeze_entries(
                     f"(`{by}`). Schedules are cumulative: name each layer group once."
                 )
             since |= dict.fromkeys(chosen - since.keys(), (entry.at, selector))
-        stages.append(Stage(entry.at, schedule.governed - since.keys()))
-    return replace(schedule, stages=_without_idle_start(stages))
+            frozen |= chosen
+        changes.append((entry.at, (), frozen))
+    return replace(schedule, stages=_without_idle_start(changes))
 
 
 def freeze_groups(
@@ -112,13 +118,14 @@ def freeze_groups(
         >>> [(stage.at, sorted(stage.trainable)) for stage in filled.stages]
         [(0, ['head', 'high', 'low']), (1, ['head', 'high']), (3, ['head'])]
     """
-    stages = [Stage(0, schedule.governed)]
+    changes: list[_Change] = [(0, schedule.governed, ())]
     for number, position in enumerate(range(0, len(groups), layers_per_step)):
-        frozen = groups[position : position + layers_per_step]
-        stages.append(Stage(start + every * number, stages[-1].trainable.difference(*frozen)))
-    return replace(schedule, stages=_without_idle_start(stages))
+        frozen = chain(*groups[position : position + layers_per_step])
+        changes.append((start + every * number, (), frozen))
+    return replace(schedule, stages=_without_idle_start(changes))
 
 
-def _without_idle_start(stages: list[Stage]) -> tuple[Stage, ...]:
+def _without_idle_start(changes: Iterable[_Change]) -> tuple[Stage, ...]:
     """Where something freezes at 0, there is no moment at which all trains."""
-    return tuple(stages[1:] if stages[1:] and stages[1].at == 0 else stages)
+    stages = stages_of(changes)
+    return stages[1:] if stages[1:] and stages[1].at == 0 else stages

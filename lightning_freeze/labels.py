@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 # MLflow allows no others in the name of a metric
 _FORBIDDEN = re.compile(r"[^a-zA-Z0-9_/. -]+")
@@ -20,18 +20,28 @@ def legal(name: str) -> str:
     return _FORBIDDEN.sub("_", _NUMBERED.sub(r"-\1", name)) or "_"
 
 
-def free(name: str, taken: Container[str]) -> str:
-    """A name, or the first of `name-2`, `name-3` and so on that isn't taken.
+class Names:
+    """Gives names away, each once: a name, or the first of `name-2`, `name-3` that is left.
 
     Example:
-        >>> free("head", {"head", "head-2"})
-        'head-3'
+        >>> give = Names()
+        >>> [give("head"), give("head-2"), give("head"), give("head")]
+        ['head', 'head-2', 'head-3', 'head-4']
     """
-    found, number = name, 1
-    while found in taken:
-        number += 1
-        found = f"{name}-{number}"
-    return found
+
+    def __init__(self) -> None:
+        self._given: set[str] = set()
+        self._last: dict[str, int] = {}
+
+    def __call__(self, name: str) -> str:
+        """Give one away."""
+        found, number = name, self._last.get(name, 1)
+        while found in self._given:
+            number += 1
+            found = f"{name}-{number}"
+        self._last[name] = number
+        self._given.add(found)
+        return found
 
 
 def unique(names: Iterable[str]) -> dict[str, str]:
@@ -41,9 +51,5 @@ def unique(names: Iterable[str]) -> dict[str, str]:
         >>> unique(["a.*", "a.?", "b"])
         {'a.*': 'a._', 'a.?': 'a._-2', 'b': 'b'}
     """
-    found: dict[str, str] = {}
-    taken: set[str] = set()
-    for name in names:
-        found[name] = free(legal(name), taken)
-        taken.add(found[name])
-    return found
+    give = Names()
+    return {name: give(legal(name)) for name in names}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import operator
+from array import array
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,8 +26,8 @@ def clean(name: str) -> str:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile's and FSDP's wrappers; any other as it is."""
-    while inside := _WRAPPERS.intersection(module._modules):
-        module = module.get_submodule(min(inside))
+    while not _WRAPPERS.isdisjoint(module._modules):
+        module = module.get_submodule(min(_WRAPPERS.intersection(module._modules)))
     return module
 
 
@@ -49,7 +53,8 @@ def _is_wrapper(module: nn.Module) -> bool:
 def named_tensors(model: nn.Module) -> tuple[list[str], list[Tensor]]:
     """Names and tensors of all parameters, then of all buffers; tied ones once for each name."""
     found = Members.of(peel(model))
-    return found.names + found.buffer_names, [*found.parameters, *found.buffers]
+    buffers = found.buffers()
+    return found.names + [n for n, _ in buffers], [*found.parameters, *(b for _, b in buffers)]
 
 
 def peel(model: nn.Module) -> nn.Module:
@@ -65,40 +70,43 @@ class Members:
     Attributes:
         names: of the parameters, as torch gives them, without wrappers' components.
         parameters: one for each name: a tied tensor stands here several times.
-        buffer_names: of the buffers.
-        buffers: one for each name.
         paths: of the modules; the model itself is "".
         modules: one for each path. A wrapper and what it wraps share one.
+        begins: for each module, the position in `names` of the first parameter under it.
+        ends: the position behind its last one.
+        kinds: the class that each module, then each parameter was of: lazy layers,
+            parametrizations and sharding change it in place.
     """
 
-    __slots__ = ("buffer_names", "buffers", "modules", "names", "parameters", "paths")
+    __slots__ = ("begins", "ends", "kinds", "modules", "names", "parameters", "paths")
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.parameters: list[nn.Parameter] = []
-        self.buffer_names: list[str] = []
-        self.buffers: list[Tensor] = []
         self.paths: list[str] = []
         self.modules: list[nn.Module] = []
+        self.begins = array("q")
+        self.ends = array("q")
+        self.kinds: list[type] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> Members:
         """Walk a model."""
         found = cls()
         found._walk(model, "", "")
+        found.kinds = [*map(type, found.modules), *map(type, found.parameters)]
         return found
 
     def _walk(self, module: nn.Module, path: str, prefix: str) -> None:
+        names, place = self.names, len(self.paths)
         self.paths.append(path)
         self.modules.append(module)
+        self.begins.append(len(names))
+        self.ends.append(0)
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                self.names.append(prefix + key)
+                names.append(prefix + key)
                 self.parameters.append(parameter)
-        for key, buffer in module._buffers.items():
-            if buffer is not None:
-                self.buffer_names.append(prefix + key)
-                self.buffers.append(buffer)
         for key, child in module._modules.items():
             if child is None:
                 continue
@@ -106,6 +114,27 @@ class Members:
                 self._walk(child, path, prefix)
             else:
                 self._walk(child, prefix + key, f"{prefix}{key}.")
+        self.ends[place] = len(names)
+
+    def buffers(self) -> list[tuple[str, Tensor]]:
+        """Names and buffers, in the order of `named_buffers`; tied ones once for each name."""
+        return [
+            (f"{path}.{key}" if path else key, buffer)
+            for path, module in zip(self.paths, self.modules)
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def same(self, other: Members) -> bool:
+        """Whether two walks met the same objects under the same names, and each of its class."""
+        return (
+            self.names == other.names
+            and self.paths == other.paths
+            and self.ends == other.ends
+            and self.kinds == other.kinds
+            and all(map(operator.is_, self.parameters, other.parameters))
+            and all(map(operator.is_, self.modules, other.modules))
+        )
 
 
 @dataclass(frozen=True)
@@ -119,15 +148,22 @@ class ModelIndex:
         parameters: name -> parameter, one entry per tensor, in the order of registration.
         canonical: every parameter name, aliases included -> the name in `parameters`.
         modules: every module name -> module; the model itself is "".
+        members: what the walk met.
     """
 
     parameters: dict[str, nn.Parameter]
     canonical: dict[str, str]
     modules: dict[str, nn.Module]
+    members: Members = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelIndex:
+    def of(cls, model: nn.Module, known: ModelIndex | None = None) -> ModelIndex:
         """Index `model`.
+
+        Args:
+            model: any module.
+            known: an index of it from before. It is returned, with what was found out with it, if
+                the model still has the same objects in the same places; it is walked in any case.
 
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> model[1].weight = model[0].weight
@@ -135,6 +171,8 @@ class ModelIndex:
         {'0.weight': ('1.weight',)}
         """
         found = Members.of(peel(model))
+        if known is not None and known.members.same(found):
+            return known
         parameters: dict[str, nn.Parameter] = {}
         canonical: dict[str, str] = {}
         first_name: dict[int, str] = {}
@@ -144,7 +182,7 @@ class ModelIndex:
                 parameters[name] = parameter
             canonical[name] = first
         # a wrapper and what it wraps share a path: the inner one comes later and wins
-        return cls(parameters, canonical, dict(zip(found.paths, found.modules)))
+        return cls(parameters, canonical, dict(zip(found.paths, found.modules)), found)
 
     @cached_property
     def aliases(self) -> dict[str, tuple[str, ...]]:
@@ -155,9 +193,14 @@ class ModelIndex:
                 found.setdefault(first, []).append(name)
         return {first: tuple(names) for first, names in found.items()}
 
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """What was found out about the model by whoever asked, such as its anatomy."""
+        return {}
+
     def forget(self) -> None:
         """Drop what is worked out again when it is asked for; a fit may be long."""
-        for made in ("name_of", "order", "_own", "_paths", "roots"):
+        for made in _MADE:
             vars(self).pop(made, None)
 
     @cached_property
@@ -172,19 +215,56 @@ class ModelIndex:
 
     @cached_property
     def _own(self) -> dict[int, tuple[str, ...]]:
-        """Id of a module -> canonical names of the parameters in its subtree."""
-        return {
-            id(module): tuple(
-                dict.fromkeys(
-                    self.name_of[id(p)] for p in module.parameters() if id(p) in self.name_of
-                )
-            )
-            for module in self.modules.values()
-        }
+        """Id of a module -> canonical names of the parameters in its subtree, once asked for."""
+        return {}
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Id of a module -> its place in the walk."""
+        return {id(module): place for place, module in enumerate(self.members.modules)}
+
+    @cached_property
+    def _firsts(self) -> list[str]:
+        return [self.canonical[name] for name in self.members.names]
 
     def within(self, module: nn.Module) -> tuple[str, ...]:
         """Canonical names of the parameters in a module's subtree."""
-        return self._own[id(unwrap(module))]
+        key = id(unwrap(module))
+        names = self._own.get(key)
+        if names is None:
+            place = self._places[key]
+            begin, end = self.members.begins[place], self.members.ends[place]
+            names = self._own[key] = tuple(dict.fromkeys(self._firsts[begin:end]))
+        return names
+
+    def held(self, names: Container[str]) -> Iterator[tuple[str, int, int]]:
+        """For each module: its path, how many parameters it holds, and how many of some of them.
+
+        One pass, however deep the modules are nested. A tied tensor counts once for each name.
+
+        Args:
+            names: canonical ones.
+
+        >>> index = ModelIndex.of(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        >>> list(index.held({"0.bias"}))
+        [('', 2, 1), ('0', 2, 1), ('1', 0, 0)]
+        """
+        before = [0, *accumulate(name in names for name in self._firsts)]
+        begins, ends = self.members.begins, self.members.ends
+        # few objects are made: more would set off the garbage collector, which looks at all
+        for path, place in dict(zip(self.members.paths, range(len(ends)))).items():
+            begin, end = begins[place], ends[place]
+            yield path, end - begin, before[end] - before[begin]
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether there are parameters in a module's subtree."""
+        place = self._places[id(unwrap(module))]
+        return self.members.ends[place] > self.members.begins[place]
+
+    @cached_property
+    def kinds(self) -> frozenset[type]:
+        """The classes that its modules and parameters are of."""
+        return frozenset(self.members.kinds)
 
     def path(self, module: nn.Module) -> str:
         """The first name of a module of this model."""
@@ -203,7 +283,7 @@ class ModelIndex:
         found = []
         for name, child in module.named_children():
             full = clean(f"{path}.{name}" if path else name)
-            if full in self.modules and self.within(child):
+            if full in self.modules and self.holds(child):
                 found.append((full, self.modules[full]))
         return found
 
@@ -225,3 +305,6 @@ class ModelIndex:
     def tensors(self, names: Iterable[str]) -> list[Tensor]:
         """The parameters behind some canonical names."""
         return [self.parameters[name] for name in names]
+
+
+_MADE = tuple(name for name, made in vars(ModelIndex).items() if isinstance(made, cached_property))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import compress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.errors import ArgumentError, UnsupportedError
-from lightning_freeze.labels import free
+from lightning_freeze.labels import Names
 from lightning_freeze.names import ModelIndex
 
 FACTOR = "lr_factor"
@@ -126,22 +127,18 @@ class OptimizerGroups:
         Args:
             frozen: names of the parameters that don't train from now on.
         """
+        name_of = self.index.name_of
         for optimizer in self.optimizers:
             split = _splits[optimizer]
-            out = {
-                id(p)
-                for params in split.full
-                for p in params
-                if self.index.name_of.get(id(p)) in frozen
-            }
             for group, params, names in zip(optimizer.param_groups, split.full, split.names):
-                group["params"][:] = [p for p in params if id(p) not in out]
+                trains = [name_of.get(id(p)) not in frozen for p in params]
+                group["params"][:] = compress(params, trains)
                 if names is not None:
-                    group["param_names"] = [n for n, p in zip(names, params) if id(p) not in out]
-            for params in split.full:
-                for parameter in params:
-                    if id(parameter) in out:
-                        optimizer.state.pop(parameter, None)
+                    group["param_names"] = list(compress(names, trains))
+                if optimizer.state and not all(trains):
+                    for parameter, kept in zip(params, trains):
+                        if not kept:
+                            optimizer.state.pop(parameter, None)
 
     @contextmanager
     def without_empty(self) -> Iterator[None]:
@@ -319,10 +316,9 @@ def _split(
 
 def _unique_names(groups: list[dict[str, Any]]) -> None:
     """LearningRateMonitor refuses two groups of one name."""
-    taken: set[str] = set()
+    give = Names()
     for group in groups:
-        group["name"] = free(str(group["name"]), taken)
-        taken.add(group["name"])
+        group["name"] = give(str(group["name"]))
 
 
 def _join(optimizer: Optimizer) -> None:
@@ -331,7 +327,10 @@ def _join(optimizer: Optimizer) -> None:
     if split is None:
         return
     groups: list[dict[str, Any]] = []
-    first = [split.origin.index(position) for position in range(len(split.whole))]
+    places: dict[int, int] = {}
+    for place, position in enumerate(split.origin):
+        places.setdefault(position, place)
+    first = [places[position] for position in range(len(split.whole))]
     for position, params in enumerate(split.whole):
         group = dict(optimizer.param_groups[first[position]])
         group["params"] = list(params)

@@ -137,6 +137,14 @@ class RandomSchedule(UnfreezeSchedule):
             for name in self.governed
         }
 
+    def turns(self) -> dict[str, tuple[int, ...]]:
+        """Name -> numbers of its layers, from 1: each is drawn as one; (0,) for what is in none."""
+        found: dict[str, tuple[int, ...]] = {}
+        for number, layer in enumerate(self.layers, 1):
+            for name in layer:
+                found[name] = (*found.get(name, ()), number)
+        return dict.fromkeys(self.governed, (0,)) | found
+
     @property
     def ever(self) -> frozenset[str]:
         """Every name: each layer is drawn some time."""
@@ -155,7 +163,3 @@ class RandomSchedule(UnfreezeSchedule):
     def arrivals(self) -> list[frozenset[str]]:
         """What always trains, then each layer."""
         return [self.always, *self.layers]
-
-    def apart(self) -> list[frozenset[str]]:
-        """Each layer is drawn as one."""
-        return list(self.layers)

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from functools import cached_property
+from itertools import chain, groupby
+from operator import attrgetter
 from typing import Any
 
 from lightning_freeze.entries import Entry
 from lightning_freeze.errors import ScheduleError
 from lightning_freeze.plan import FreezePlan
+from lightning_freeze.stages import Change, Stage, stages_of
 
+__all__ = ["MetricClock", "Stage", "UnfreezeSchedule", "from_entries", "from_groups"]
 
-@dataclass(frozen=True)
-class Stage:
-    """What trains from one moment on.
-
-    Attributes:
-        at: the epoch or optimizer step (counted from 0) at which the stage begins; with a
-            metric-driven schedule, the stage's number.
-        trainable: names of all governed parameters that train in it.
-    """
-
-    at: int
-    trainable: frozenset[str]
+_AT = attrgetter("at")
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class UnfreezeSchedule:
     def stage_at(self, epoch: int, step: int) -> int:
         """The number of the stage at an epoch and optimizer step, both counted from 0."""
         clock = step if self.unit == "step" else epoch
-        return max(sum(stage.at <= clock for stage in self.stages) - 1, 0)
+        return max(bisect_right(self.stages, clock, key=_AT) - 1, 0)
 
     def trainable(self, stage: int) -> frozenset[str]:
         """What trains in a stage; a number past the last means the last."""
@@ -81,30 +75,61 @@ class UnfreezeSchedule:
             lr_scale=self.lr_scale,
         )
 
+    def turns(self) -> dict[str, tuple[int, ...]]:
+        """Name of what is governed -> numbers of the stages in which it begins to train or stops.
+
+        It stands there once for each turn: what trains from the start has (0,), what never trains
+        has (). Two parameters of the same turns freeze and unfreeze together.
+        """
+        found: dict[str, tuple[int, ...]] = dict.fromkeys(self.governed, ())
+        changes = [(self.stages[0].trainable, frozenset[str]()), *self.changes]
+        for number, change in enumerate(changes):
+            longer: dict[tuple[int, ...], tuple[int, ...]] = {}
+            for names in change:
+                for name in names:
+                    old = found.get(name)
+                    if old is not None:
+                        found[name] = longer.setdefault(old, (*old, number))
+        return found
+
     def tell(self) -> dict[str, str]:
         """Name -> from when it trains or is frozen again, in words, of all that is governed."""
-        unit = "stage" if self.unit == "metric" else self.unit
+        words: dict[tuple[int, ...], str] = {}
         told = {}
-        for name in self.governed:
-            turns: list[str] = []
-            for stage in self.stages:
-                trains = name in stage.trainable
-                if trains != bool(len(turns) % 2):
-                    what = "trains" if trains else "is frozen"
-                    turns.append(f"{what} from {f'{unit} {stage.at}' if stage.at else 'the start'}")
-            told[name] = " and ".join(turns) + self._rate(name) if turns else "stays frozen"
+        for name, turns in self.turns().items():
+            if turns not in words:
+                words[turns] = self._in_words(turns)
+            told[name] = words[turns] + self._rate(name) if turns else "stays frozen"
         return told
+
+    def _in_words(self, turns: tuple[int, ...]) -> str:
+        unit = "stage" if self.unit == "metric" else self.unit
+        moments = [self.stages[number].at for number in turns]
+        return " and ".join(
+            f"{'is frozen' if place % 2 else 'trains'} from {f'{unit} {at}' if at else 'the start'}"
+            for place, at in enumerate(moments)
+        )
 
     def _rate(self, name: str) -> str:
         scale = self.lr_scale.get(name, 1.0)
         return f" at {scale:.6g} of the rate" if scale != 1.0 else ""
 
+    @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """For each stage but the first: what begins to train in it, and what is frozen again."""
+        pairs = zip(self.stages, self.stages[1:])
+        return tuple(after.change(before) for before, after in pairs)
+
     @property
     def ever(self) -> frozenset[str]:
         """Names that some stage trains."""
-        return self.governed.intersection(frozenset().union(*(s.trainable for s in self.stages)))
+        return self.governed.intersection(self.stages[0].trainable.union(*self._added))
 
     @property
+    def _added(self) -> list[frozenset[str]]:
+        return [added for added, _ in self.changes]
+
+    @cached_property
     def never(self) -> frozenset[str]:
         """Names that no stage ever unfreezes."""
         return self.governed - self.ever
@@ -117,18 +142,11 @@ class UnfreezeSchedule:
     @property
     def refreezes(self) -> bool:
         """Whether something that trains is frozen again later."""
-        pairs = zip(self.stages, self.stages[1:])
-        return any(earlier.trainable - later.trainable for earlier, later in pairs)
+        return any(removed for _, removed in self.changes)
 
     def arrivals(self) -> list[frozenset[str]]:
         """What trains at the start, then what begins to train with each later stage."""
-        pairs = zip(self.stages, self.stages[1:])
-        later = [after.trainable - before.trainable for before, after in pairs]
-        return [self.stages[0].trainable & self.governed, *later]
-
-    def apart(self) -> list[frozenset[str]]:
-        """Sets of names: two names that are in the same ones freeze and unfreeze together."""
-        return [self.plan(number).frozen for number in range(len(self.stages))]
+        return [self.stages[0].trainable & self.governed, *self._added]
 
 
 def from_entries(
@@ -147,11 +165,13 @@ def from_entries(
         ScheduleError: an entry unfreezes only what trains already, freezes what doesn't train, or
             gives what trained before another factor.
     """
-    stages: list[Stage] = []
+    changes: list[tuple[int, Iterable[str], Iterable[str]]] = []
     given: dict[str, float] = {}
     since: dict[str, tuple[int, Any]] = {}
     for at, together in groupby(entries, key=lambda entry: entry.at):
         now = tuple(together)
+        added: dict[str, None] = {}
+        removed: dict[str, None] = {}
         for selector in (name for entry in now for name in entry.freeze):
             again = since.keys() & set(select(selector))
             if not again:
@@ -161,6 +181,7 @@ def from_entries(
                 )
             for name in again:
                 del since[name]
+                removed[name] = None
         for entry, selector in [(each, name) for each in now for name in each.selectors]:
             chosen = set(select(selector))
             if chosen <= since.keys():
@@ -172,13 +193,17 @@ def from_entries(
             for name in chosen - since.keys():
                 since[name] = (at, selector)
                 _set_factor(given, name, entry)
-        stages.append(Stage(at, frozenset(since)))
-    if stages and stages[0].at > 0:
-        stages.insert(0, Stage(0, frozenset()))
+                if name in removed:
+                    del removed[name]
+                else:
+                    added[name] = None
+        changes.append((at, added, removed))
+    if changes and changes[0][0] > 0:
+        changes.insert(0, (0, (), ()))
     scale = dict(schedule.lr_scale)
     for name, factor in given.items():
         scale[name] = scale.get(name, 1.0) * factor
-    return replace(schedule, stages=tuple(stages), lr_scale=scale, claimed=frozenset(given))
+    return replace(schedule, stages=stages_of(changes), lr_scale=scale, claimed=frozenset(given))
 
 
 def _set_factor(given: dict[str, float], name: str, entry: Entry) -> None:
@@ -213,15 +238,12 @@ def from_groups(
     """
     *body, head = groups
     queue = body if order == "bottom_up" else body[::-1]
-    trainable = frozenset(head)
-    stages = [Stage(0, trainable)]
-    for position in range(0, len(queue), layers_per_step):
-        added = queue[position : position + layers_per_step]
-        trainable = trainable.union(*added)
-        stages.append(Stage(start + every * (position // layers_per_step), trainable))
-    if stages[1:] and stages[1].at == 0:
-        del stages[0]
-    return replace(schedule, stages=tuple(stages))
+    changes: list[tuple[int, Iterable[str], Iterable[str]]] = [(0, head, ())]
+    for number, position in enumerate(range(0, len(queue), layers_per_step)):
+        added = chain(*queue[position : position + layers_per_step])
+        changes.append((start + every * number, added, ()))
+    stages = stages_of(changes)
+    return replace(schedule, stages=stages[1:] if stages[1:] and not stages[1].at else stages)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ PURE = (
     "plan.py",
     "entries.py",
     "schedule.py",
+    "stages.py",
     "conflicts.py",
     "freezing.py",
     "autofreeze.py",

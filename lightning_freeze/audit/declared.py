@@ -73,8 +73,7 @@ def ignored_by(index: ModelIndex, selectors: Selectors) -> frozenset[str]:
     """
     if not selectors:
         return frozenset()
-    found = Members.of(index.modules[""])
-    buffers = dict(zip(found.buffer_names, found.buffers))
+    buffers = dict(Members.of(index.modules[""]).buffers())
     everything = replace(
         index,
         parameters={**index.parameters, **buffers},  # type: ignore[dict-item]

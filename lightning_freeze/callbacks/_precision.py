@@ -8,19 +8,21 @@ from lightning_freeze.errors import ConflictError
 from lightning_freeze.optimizers import OptimizerGroups, whole_groups
 
 
-def check_scaler(trainer: Trainer, groups: OptimizerGroups, frozen: frozenset[str]) -> None:
+def scales(trainer: Trainer) -> bool:
+    """Whether a `GradScaler` steps the optimizers."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def check_scaler(groups: OptimizerGroups, frozen: frozenset[str]) -> None:
     """Refuse to freeze all that an optimizer holds where a `GradScaler` would step it.
 
     Args:
-        trainer: its precision plugin may have a scaler.
         groups: the optimizers' groups.
         frozen: names of what is frozen in a stage.
 
     Raises:
         ConflictError: torch would end the first step with "No inf checks were recorded".
     """
-    if getattr(trainer.precision_plugin, "scaler", None) is None:
-        return
     name_of = groups.index.name_of
     for number, optimizer in enumerate(groups.optimizers):
         held = [p for params in whole_groups(optimizer) for p in params]

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_freeze import apply, optimizers
-from lightning_freeze.callbacks._precision import check_scaler
+from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
 from lightning_freeze.conflicts import check_conflicts
@@ -28,11 +28,14 @@ from lightning_freeze.distributed import (
     together,
 )
 from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
-from lightning_freeze.labels import free, legal
+from lightning_freeze.labels import Names, legal
 from lightning_freeze.layout import Layout
 from lightning_freeze.names import ModelIndex
 from lightning_freeze.plan import FreezePlan, merge
 from lightning_freeze.schedule import UnfreezeSchedule
+
+# the turns of what trains from the start, and of what a schedule says nothing about
+_ALWAYS = (0,)
 
 
 class Freezing(Callback):
@@ -84,6 +87,8 @@ class Session:
         self._wrapped_with: Mapping[str, bool] = {}
         self._first_trained: bytes | None = None
         self._snapshot: apply.Snapshot | None = None
+        self._prepared: ModelIndex | None = None
+        self._settled = False
         self._agreed = -1
 
     @property
@@ -97,7 +102,7 @@ class Session:
         What is made in the module's own `setup` or `configure_model` doesn't exist yet: then what
         doesn't match is looked for again in `on_fit_start`.
         """
-        index = ModelIndex.of(module)
+        index = self._prepared = ModelIndex.of(module)
         self.late = is_overridden("setup", module) or is_overridden("configure_model", module)
         claimed: frozenset[str] = frozenset()
         deferred = False
@@ -136,7 +141,7 @@ class Session:
         if self.index.parameters.keys() == self._wrapped_with.keys():
             self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
         self._wrapped_with = {}
-        self.index.forget()
+        self._settled = True
 
     def undo(self) -> None:
         """The fit can't start: flags and modes as they were before `setup`."""
@@ -167,7 +172,8 @@ class Session:
             self._start(trainer, module, resumed)
 
     def _start(self, trainer: Trainer, module: LightningModule, resumed: Mapping[Any, Any]) -> None:
-        self.index = ModelIndex.of(module)
+        # what was found out in `setup` still holds unless any part of the model is another one now
+        self.index, self._prepared = ModelIndex.of(module, self._prepared), None
         try:
             claimed = self._resolve(trainer, self.index)
             if several():
@@ -187,8 +193,9 @@ class Session:
             )
             never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
             self.applier = apply.Applier(self.index, self.groups.held - never)
-            for stages in self._ahead():
-                check_scaler(trainer, self.groups, self._merged(stages).frozen)
+            if scales(trainer):
+                for stages in self._ahead():
+                    check_scaler(self.groups, self._merged(stages).frozen)
             self.resume(trainer, resumed)
             self._settle()
         except BaseException:
@@ -220,6 +227,9 @@ class Session:
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
+        if self._settled and self.index is not None:
+            self.index.forget()  # by now all that asks much of it has asked
+            self._settled = False
         if self.applier is None:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
@@ -233,19 +243,18 @@ class Session:
         else:
             self.applier.reassert()
 
-    def upcoming(self) -> list[frozenset[str]]:
-        """What will be frozen in each of the stages to come, soonest first."""
+    def upcoming(self) -> Iterator[frozenset[str]]:
+        """What will be frozen in each of the stages to come, soonest first, one at a time."""
         later = sorted(
             (stage.at, number, place)
             for place, (callback, schedule) in enumerate(self.schedules.items())
             for number, stage in enumerate(schedule.stages)
             if number > self.stages.get(callback, 0)
         )
-        callbacks, stages, found = list(self.schedules), dict(self.stages), []
+        callbacks, stages = list(self.schedules), dict(self.stages)
         for _, number, place in later:
             stages[callbacks[place]] = number
-            found.append(self._merged(stages).frozen)
-        return found
+            yield self._merged(stages).frozen
 
     def _ahead(self) -> Iterator[dict[Any, int]]:
         """The start, and each stage in which a schedule may freeze more than then."""
@@ -329,16 +338,15 @@ class Session:
         assert self.index is not None
         found: dict[str, str] = {}
         keys: dict[tuple[Any, ...], str] = {}
-        taken: set[str] = set()
-        frozen = [names for schedule in self.schedules.values() for names in schedule.apart()]
+        give = Names()
+        turns = [schedule.turns() for schedule in self.schedules.values()]
         for name in self.index.parameters:
-            history = tuple(name in names for names in frozen)
+            history = tuple(known.get(name, _ALWAYS) for known in turns)
             labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]
             shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
             key = (*labels, history, name in self._before)
             if key not in keys:
-                keys[key] = free(legal(shown), taken)
-                taken.add(keys[key])
+                keys[key] = give(legal(shown))
             found[name] = keys[key]
         return found
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-from jsonargparse.typing import Path_fr, register_type
+from typing import Any, Union
 
 from lightning_freeze.entries import from_yaml, parse_schedule, read_schedule
 from lightning_freeze.errors import ScheduleError
@@ -54,15 +52,27 @@ class Schedule:
 
 def _found(path: str) -> str:
     """The absolute path of a file, in the folder that jsonargparse reads in at present."""
+    from jsonargparse.typing import Path_fr
+
     try:
         return str(Path_fr(path)())
     except TypeError as error:
         raise ScheduleError(f"The schedule file `{path}` can't be read: {error}.") from error
 
 
-register_type(
-    Schedule,
-    serializer=lambda schedule: schedule.content,
-    deserializer=Schedule,
-    type_check=lambda value, kind: isinstance(value, kind),
-)
+def as_configured() -> Any:
+    """The annotation of a `schedule`, evaluated when somebody reads a signature's types.
+
+    jsonargparse knows `Schedule` from then on. It isn't imported before: whoever uses neither it
+    nor LightningCLI doesn't pay for it.
+    """
+    from jsonargparse.typing import register_type
+
+    register_type(
+        Schedule,
+        serializer=lambda schedule: schedule.content,
+        deserializer=Schedule,
+        type_check=lambda value, kind: isinstance(value, kind),
+        fail_already_registered=False,
+    )
+    return Union[Schedule, None]

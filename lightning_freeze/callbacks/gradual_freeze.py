@@ -13,7 +13,7 @@ from torch import nn
 from lightning_freeze.arguments import call_of, one_of, whole
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._gradient_driven import GradientDriven
-from lightning_freeze.callbacks._written import Schedule
+from lightning_freeze.callbacks._written import Schedule, as_configured
 from lightning_freeze.entries import Entry
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.freezing import freeze_entries, freeze_groups, parse_freezing
@@ -271,4 +271,4 @@ def _per_cent(value: Any) -> float:
 
 
 # what jsonargparse goes by: a type of its own checks a configuration while it is read
-GradualFreeze.__init__.__annotations__["schedule"] = Union[Schedule, None]
+GradualFreeze.__init__.__annotations__["schedule"] = f"{as_configured.__name__}()"

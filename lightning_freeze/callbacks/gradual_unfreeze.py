@@ -15,7 +15,7 @@ from lightning_freeze.arguments import call_of, one_of, positive, whole
 from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
-from lightning_freeze.callbacks._written import Schedule
+from lightning_freeze.callbacks._written import Schedule, as_configured
 from lightning_freeze.discovery.adapters import adapter_names
 from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, DiscoveryError
@@ -407,4 +407,4 @@ def _key(entry: Entry) -> Any:
 
 
 # what jsonargparse goes by: a type of its own checks a configuration while it is read
-GradualUnfreeze.__init__.__annotations__["schedule"] = Union[Schedule, None]
+GradualUnfreeze.__init__.__annotations__["schedule"] = f"{as_configured.__name__}()"

@@ -162,7 +162,7 @@ class TrainableParamAudit(Callback):
             self._reset()
             self._papers.check(trainer)
             self._session = _session.enter(trainer, pl_module, self)
-            if not self._session.late:
+            if self.ignore and not self._session.late:
                 ignored_by(ModelIndex.of(pl_module), self.ignore)
 
     def on_load_checkpoint(

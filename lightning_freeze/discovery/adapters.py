@@ -7,8 +7,7 @@ from lightning_freeze.names import ModelIndex
 
 def is_wrapped(index: ModelIndex) -> bool:
     """Whether PEFT's own wrapper is somewhere in the model: what it added is there to train."""
-    kinds = {base.__name__ for module in index.modules.values() for base in type(module).__mro__}
-    return "PeftModel" in kinds
+    return any(base.__name__ == "PeftModel" for kind in index.kinds for base in kind.__mro__)
 
 
 def adapter_names(index: ModelIndex, path: str = "") -> tuple[str, ...]:
@@ -20,18 +19,21 @@ def adapter_names(index: ModelIndex, path: str = "") -> tuple[str, ...]:
     """
     prefix = path + "." if path else ""
     places: set[str] = set()
-    for name, module in index.modules.items():
-        kinds = type(module).__mro__
-        if name.startswith(prefix) and any(k.__module__.split(".")[0] == "peft" for k in kinds):
+    peft = frozenset(kind for kind in index.kinds if any(map(_of_peft, kind.__mro__)))
+    for name, module in index.modules.items() if peft else ():
+        if type(module) in peft and name.startswith(prefix):
             own = getattr(module, "adapter_layer_names", ())
             places.update(f"{name}.{part}" if name else part for part in own)
-    return tuple(
-        name for name in index.parameters if name.startswith(prefix) and _added(name, places)
-    )
+    likely = [name for name in index.parameters if places or "lora_" in name]
+    return tuple(name for name in likely if name.startswith(prefix) and _added(name, places))
+
+
+def _of_peft(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] == "peft"
 
 
 def _added(name: str, places: set[str]) -> bool:
-    parts = name.split(".")
-    if any(part.startswith("lora_") for part in parts):
+    if ".lora_" in name or name.startswith("lora_"):
         return True
+    parts = name.split(".")
     return any(".".join(parts[:depth]) in places for depth in range(1, len(parts) + 1))

@@ -6,7 +6,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup, Stack
@@ -308,15 +308,14 @@ class _Sorter:
 
 
 def common_path(names: Sequence[str]) -> str:
-    """The deepest module path that all parameter names share."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = paths[0]
-    for path in paths[1:]:
-        keep = 0
-        while keep < min(len(shared), len(path)) and shared[keep] == path[keep]:
-            keep += 1
-        shared = shared[:keep]
-    return ".".join(shared)
+    """The deepest module path that all parameter names share.
+
+    >>> common_path(["net.layer1.weight", "net.layer10.weight"])
+    'net'
+    """
+    # between the first and the last in the order of the alphabet stand all others
+    pairs = zip(*(name.split(".")[:-1] for name in (min(names), max(names))))
+    return ".".join(one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def stem_name(index: ModelIndex, names: Sequence[str]) -> str:

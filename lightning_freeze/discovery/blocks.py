@@ -54,7 +54,7 @@ def homogeneous(index: ModelIndex, module: nn.Module) -> bool:
     """Whether it is a list of two or more modules of one class, all with parameters."""
     if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
         return False
-    return len({class_of(child) for child in module}) == 1 and all(index.within(m) for m in module)
+    return len({class_of(child) for child in module}) == 1 and all(index.holds(m) for m in module)
 
 
 def homogeneous_lists(index: ModelIndex, path: str) -> list[str]:
@@ -69,11 +69,11 @@ def outermost(index: ModelIndex, path: str, wanted: Callable[[nn.Module], bool])
     seen: set[int] = set()
     prefix = path + "." if path else ""
     for name, module in index.modules.items():
-        if not name.startswith(prefix) or name == path or not index.within(module):
+        if not name.startswith(prefix) or name == path:
             continue
         if any(name.startswith(outer + ".") for outer in found[-1:]):
             continue
-        if wanted(module) and id(module) not in seen:
+        if wanted(module) and index.holds(module) and id(module) not in seen:
             seen.add(id(module))
             found.append(name)
     return found

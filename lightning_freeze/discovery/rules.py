@@ -53,11 +53,18 @@ _HEAD = re.compile(
 
 
 def discover(index: ModelIndex) -> Anatomy:
-    """Find backbone, blocks and head; the module docstring lists the rules.
+    """Find backbone, blocks and head, once for an index; the module docstring lists the rules.
 
     Raises:
         DiscoveryError: no rule applies, or several models could be the one that is meant.
     """
+    if "anatomy" not in index.found:
+        index.found["anatomy"] = _discover(index)
+    anatomy: Anatomy = index.found["anatomy"]
+    return anatomy
+
+
+def _discover(index: ModelIndex) -> Anatomy:
     for root in index.roots:
         module = index.modules[root]
         kind = kind_of(module)

@@ -53,8 +53,10 @@ def kind_of(module: nn.Module) -> str | None:
         return "timm"
     if hasattr(kind, "base_model_prefix") and hasattr(kind, "base_model"):
         return "transformers"
-    inside = dict(module.named_children())
-    if any(name in inside for name in HEADS):
+    if not module._modules.keys().isdisjoint(HEADS):
+        inside = dict(module.named_children())
+        if not any(name in inside for name in HEADS):
+            return None
         layered = {"layer1", "layer2"} <= inside.keys()
         layered = layered or hasattr(inside.get("encoder"), "layers")
         if "features" in inside or layered or _from_torchvision(module):
@@ -83,7 +85,7 @@ def zoo_models(index: ModelIndex, under: str = "") -> list[tuple[str, str]]:
         if any(p in (path, "") or path.startswith(p + ".") for p, _ in found):
             continue
         kind = kind_of(module)
-        if kind and index.within(module):
+        if kind and index.holds(module):
             found.append((path, kind))
     return found
 
@@ -183,7 +185,7 @@ def _base_of(index: ModelIndex, path: str, module: Any) -> tuple[nn.Module, str]
     """
     base = unwrap(module.base_model)
     inside = index.path(base)
-    if base is module or not index.within(base):
+    if base is module or not index.holds(base):
         return module, path
     if not has_task(module):
         parts = [

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.names import ModelIndex, some
-from lightning_freeze.origin.against import against
 from lightning_freeze.origin.loading import as_info, by_info
 from lightning_freeze.origin.marks import by_marks
 from lightning_freeze.origin.states import (
@@ -23,7 +22,6 @@ from lightning_freeze.origin.states import (
 )
 from lightning_freeze.origin.tensors import Stored
 from lightning_freeze.renewed import is_renewed, is_still_fresh
-from lightning_freeze.verify.weights import open_weights, weights_in
 
 _BY_MARKS = (
     "Origin: by the marks that `from_pretrained` left. With `origin=FILE` it is compared to the "
@@ -67,6 +65,10 @@ def find_origins(index: ModelIndex, given: Any = None) -> Origins:
             new, rest = by_info(stored, info, at), info.unexpected
             notes.append("Origin: by what was reported when the model was loaded.")
         else:
+            # what reads checkpoints isn't loaded as long as none is given
+            from lightning_freeze.origin.against import against
+            from lightning_freeze.verify.weights import open_weights, weights_in
+
             weights = open_weights(source) if _is_path(source) else weights_in(source)
             compared = against(stored, weights, at)
             new, rest = compared.origins, compared.unused
