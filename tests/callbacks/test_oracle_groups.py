@@ -59,6 +59,7 @@ def unfrozen(optimizer: str, scheduler: str) -> Record:
     return run(optimizer, scheduler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_lr_of_every_group_is_that_of_the_unfrozen_run_times_its_factor(
