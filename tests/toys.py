@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -62,10 +63,17 @@ class Toy(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         self.log("train_loss", loss)
-        # a metric that doesn't depend on the weights, for schedulers and monitors
-        self.log("tick", float(self.global_step))
-        self.log("steps", float(self.global_step // 4), on_epoch=True, on_step=False)
+        # metrics that don't depend on the weights; to log takes longer than a step
+        if self.follows("tick"):
+            self.log("tick", float(self.global_step))
+        if self.follows("steps"):
+            self.log("steps", float(self.global_step // 4), on_epoch=True, on_step=False)
         return loss
+
+    def follows(self, name: str) -> bool:
+        """Whether a callback or a scheduler of this fit goes by a metric."""
+        followers = [*self.trainer.callbacks, *self.trainer.lr_scheduler_configs]
+        return any(getattr(follower, "monitor", None) == name for follower in followers)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.log("val_loss", self.loss(batch))
@@ -87,7 +95,7 @@ class ByStep(Toy):
     """Takes its batch by the global step: a mid-epoch resume begins its loader anew."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batches = list(loader())
+        batches = usual_batches()
         return super().training_step(batches[self.global_step % len(batches)], batch_idx)
 
 
@@ -96,6 +104,11 @@ def loader(rows: int = 24, batch: int = 6, seed: int = 1) -> DataLoader[Any]:
     x = torch.randn(rows, 4, generator=generator)
     y = torch.randint(0, 3, (rows,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=batch)
+
+
+@functools.cache
+def usual_batches() -> list[Any]:
+    return list(loader())
 
 
 def trainer(*callbacks: Callback, epochs: int = 3, **options: Any) -> Trainer:

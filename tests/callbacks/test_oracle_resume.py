@@ -96,6 +96,7 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 # Lightning itself loses a ReduceLROnPlateau update after a checkpoint inside an epoch: see below
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", sorted(SCHEDULERS.keys() - {"ReduceLROnPlateau"}))
 @pytest.mark.parametrize("kind", ["gradual", "steps"])
 def test_resumed_run_ends_as_the_uninterrupted_one(
@@ -156,6 +157,7 @@ def test_plateau_scheduler_resumed_inside_an_epoch_has_the_lr_of_a_plain_resumed
     assert plain[3:] != plain_resumed  # what Lightning loses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gradual", "steps", "lp-ft", "metric", "train-metric"])
 @pytest.mark.parametrize("when", ["validation_end", "epoch_end"])
 def test_resume_from_every_end_of_epoch_is_exact(tmp_path: Path, kind: str, when: str) -> None:

@@ -34,7 +34,10 @@ from tests.interruption.harness import (
     prepared,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no last checkpoint available")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no last checkpoint available"),
+    pytest.mark.slow,
+]
 
 
 def goes_on(place: Place, uninterrupted: dict[str, Any], **options: Any) -> None:

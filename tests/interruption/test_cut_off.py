@@ -16,7 +16,10 @@ import torch
 from tests.callbacks.test_oracle_resume import assert_equal
 from tests.interruption.harness import REPORT, Place, check_files, one_life
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
+    pytest.mark.slow,
+]
 
 
 def die_at(

@@ -269,6 +269,7 @@ def test_the_command_is_installed_under_its_name() -> None:
     assert '[project.scripts]\nlightning-freeze = "lightning_freeze.cli:main"' in content
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(run: Run) -> None:
     base = shlex.quote(str(run.base))
@@ -286,6 +287,7 @@ def test_a_reader_who_leaves_is_no_error_and_a_full_disk_is(run: Run) -> None:
         assert len(said) == (status == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
 def test_a_complaint_that_nobody_can_read_still_ends_with_2(run: Run, stderr: str) -> None:
@@ -296,6 +298,7 @@ def test_a_complaint_that_nobody_can_read_still_ends_with_2(run: Run, stderr: st
         assert (found.returncode, found.stdout) == (2, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd/1").exists(), reason="needs /proc")
 def test_the_result_may_go_where_the_text_goes(run: Run, tmp_path: Path) -> None:
     # as /dev/stdout, which a mistake here must not be able to replace
@@ -314,6 +317,7 @@ def test_the_result_may_go_where_the_text_goes(run: Run, tmp_path: Path) -> None
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_a_terminal_without_lines_to_draw_still_gets_the_words(run: Run) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     found = process("verify", run.base, run.base, env=environment)
