@@ -89,11 +89,10 @@ def versions() -> str:
 
 def show(result: Result, console: Console) -> None:
     table = Table(title=title(result), title_justify="left", show_lines=True)
-    for position, head in enumerate(figures.heads(result.settings)):
+    for position, head in enumerate(figures.heads()):
         table.add_column(
             head,
             justify="left" if position == 0 else "right",
-            min_width=23 if position == 0 else None,
         )
     for row in figures.rows(result):
         table.add_row(*map(escape, row))
@@ -103,9 +102,9 @@ def show(result: Result, console: Console) -> None:
 
 
 def markdown(result: Result) -> str:
-    heads = figures.heads(result.settings)
+    heads = figures.heads()
     lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *figures.rows(result)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(line).replace("\n", "<br>") + " |" for line in lines)
     listed = "\n".join(f"- {text}" for text in figures.sentences(result))
     told = [title(result), table, "\n".join(figures.notes(result)), listed, versions()]
     return "\n\n".join(part for part in told if part)
@@ -113,7 +112,7 @@ def markdown(result: Result) -> str:
 
 def as_json(result: Result) -> dict[str, Any]:
     found = dataclasses.asdict(result)
-    told = [dict(zip(figures.heads(result.settings), row)) for row in figures.rows(result)]
+    told = [dict(zip(figures.heads(), row)) for row in figures.rows(result)]
     return {
         **found,
         "rows": told,
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         print(markdown(result))
     else:
         console = Console()
-        console.width = max(console.width, 180)
+        console.width = max(console.width, 140)
         show(result, console)
     return result
 

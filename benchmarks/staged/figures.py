@@ -70,14 +70,14 @@ def plus_minus(values: Sequence[float]) -> str:
 # ---------------------------------------------------------------- the table
 
 
-def heads(settings: Settings) -> list[str]:
-    each = settings.epochs_per_stage
-    thirds = [f"epochs {each * i + 1} to {each * (i + 1)}" for i in range(STAGES)]
+def heads() -> list[str]:
     return [
         "contender",
         "whole run, s",
         "times as fast as by hand",
-        *(f"{third}: first, later, s" for third in thirds),
+        "epochs",
+        "first, s",
+        "later, s",
         "peak, MB",
         "optimizer, MB",
         "gradients, MB",
@@ -87,19 +87,28 @@ def heads(settings: Settings) -> list[str]:
 
 
 def rows(result: Result) -> list[list[str]]:
+    """Cells with one line for each third of the run, or a single line."""
     hand = result.fits.get("hand")
     return [_row(result, key, fits, hand) for key, fits in result.fits.items() if fits]
 
 
 def _row(result: Result, key: str, fits: list[Fit], hand: list[Fit] | None) -> list[str]:
     each = result.settings.epochs_per_stage
-    name = find(key).name + ("".join(" *" for _ in [0] if any(fits[-1].dropout)))
+    firsts = [fits_median(fits, lambda f, i=i: f.epochs[each * i]) for i in range(STAGES)]
+    laters = [
+        fits_median(fits, lambda f, i=i: statistics.median(f.epochs[each * i + 1 : each * (i + 1)]))
+        if each > 1
+        else math.nan
+        for i in range(STAGES)
+    ]
     return [
-        name,
-        f"{statistics.median(fit.seconds for fit in fits):.1f}",
+        find(key).name + (" *" if any(fits[-1].dropout) else ""),
+        f"{fits_median(fits, lambda f: f.seconds):.1f}",
         UNKNOWN if hand is None else faster(hand, fits).text(2),
-        *(_epochs(fits, each * stage, each) for stage in range(STAGES)),
-        " / ".join(_peaks(fits)),
+        _lines([f"{each * i + 1} to {each * (i + 1)}" for i in range(STAGES)]),
+        _lines([f"{value:.2f}" for value in firsts]),
+        _lines([UNKNOWN if math.isnan(value) else f"{value:.2f}" for value in laters]),
+        _lines(_peaks(fits)),
         _sizes(fits[-1].optimizer),
         _sizes(fits[-1].gradients),
         _reduced(result.wires.get(key)),
@@ -107,12 +116,12 @@ def _row(result: Result, key: str, fits: list[Fit], hand: list[Fit] | None) -> l
     ]
 
 
-def _epochs(fits: list[Fit], start: int, count: int) -> str:
-    first = statistics.median(fit.epochs[start] for fit in fits)
-    if count == 1:
-        return f"{first:.2f}"
-    later = [statistics.median(fit.epochs[start + 1 : start + count]) for fit in fits]
-    return f"{first:.2f}, {statistics.median(later):.2f}"
+def fits_median(fits: Sequence[Fit], figure: Callable[[Fit], float]) -> float:
+    return statistics.median(map(figure, fits))
+
+
+def _lines(texts: Sequence[str]) -> str:
+    return "\n".join(texts)
 
 
 def _peaks(fits: list[Fit]) -> list[str]:
@@ -124,14 +133,18 @@ def _peaks(fits: list[Fit]) -> list[str]:
 
 
 def _sizes(values: Sequence[int]) -> str:
-    return " / ".join(f"{value / MB:.2f}" for value in values)
+    return _lines([f"{value / MB:.2f}" for value in values])
 
 
 def _reduced(wire: Wire | None) -> str:
     if wire is None or not wire.reduced:
         return UNKNOWN
-    marks = ("!" if drifts(wire) else "") + ("†" if wire.find_unused else "")
-    return _sizes(wire.reduced) + (f" {marks}" if marks else "")
+    return _lines(
+        [
+            f"{reduced / MB:.2f}" + " !" * (reduced < needed) + " †" * wire.find_unused
+            for reduced, needed in zip(wire.reduced, wire.gradients)
+        ]
+    )
 
 
 def drifts(wire: Wire) -> bool:
@@ -145,8 +158,9 @@ def drifts(wire: Wire) -> bool:
 def notes(result: Result) -> list[str]:
     """What the marks mean, and what is missing."""
     found = [
-        "Three figures with slashes: the ends of the three thirds of the run. Peak: resident "
-        "memory in that third, above what the process had before the model was made."
+        "Three lines: the thirds of the run; optimizer and gradients at their ends. Peak: resident "
+        "memory in a third, above what the process had before the model was made. All-reduced: "
+        "counted by a communication hook, in a run of its own with one rank."
     ]
     if any(any(fit.dropout) for fits in result.fits.values() for fit in fits):
         found.append("* leaves dropout on in frozen layers in some stage; all others turn it off.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import os
 import tempfile
 import time
 import warnings
@@ -108,6 +109,8 @@ def wire(key: str, settings: Settings, data: Data) -> Wire:
     contender = find(key)
     if contender.by_step:
         return Wire([], [], error="what freezes depends on the steps made")
+    # else Lightning lets each rank have all threads
+    os.environ["OMP_NUM_THREADS"] = "1"
     errors: list[str] = []
     for find_unused in (False, True):
         module = contender.module(settings.model(data.classes, 0), few)
