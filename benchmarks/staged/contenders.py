@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -218,7 +219,9 @@ def missing(contender: Contender) -> bool:
     if not contender.needs:
         return False
     try:
-        importlib.import_module(contender.needs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(contender.needs)
     except ModuleNotFoundError:
         return True
     return False
