@@ -22,8 +22,11 @@ import benchmarks.staged
 from benchmarks.staged import figures
 from benchmarks.staged.contenders import CONTENDERS, KEYS, missing
 from benchmarks.staged.figures import Result
-from benchmarks.staged.fit import alone, fit, quiet, wire
+from benchmarks.staged.fit import alone, fit, quiet, tensors, wire
 from benchmarks.staged.settings import LAYERS, PADDINGS, Settings, read
+
+# whose peak is compared to the byte
+EXACT = ("hand", "ours")
 
 
 def measure(
@@ -48,6 +51,8 @@ def measure(
                     continue
                 result.fits[contender.key] = []
                 result.wires[contender.key] = alone(wire, contender.key, settings, data)
+                if contender.key in EXACT:
+                    result.tensors[contender.key] = alone(tensors, contender.key, settings, data)
             here = list(result.fits)
             rounds = settings.seeds * settings.repeats
             for number in range(rounds):

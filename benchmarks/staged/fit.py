@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from lightning.pytorch import Callback, Trainer
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.staged.contenders import Classifier, find
-from benchmarks.staged.probe import Peak, Probe, Reduced
+from benchmarks.staged.probe import Marks, Peak, Probe, Reduced, peaks_of
 from benchmarks.staged.settings import Data, Settings, accuracy, loader
 from lightning_freeze import FrozenFeatureCache
 
@@ -126,6 +127,26 @@ def wire(key: str, settings: Settings, data: Data) -> Wire:
             else:
                 return Wire(counter.per_step, counter.gradients, find_unused)
     return Wire([], [], True, errors[-1])
+
+
+def tensors(key: str, settings: Settings, data: Data) -> list[int]:
+    """Peak of the memory that torch has given to tensors, by third, in a run of two steps an epoch.
+
+    Bytes above those at the start of the fit. Unlike resident memory it doesn't depend on how the
+    system gives memory out; a profile of it is too slow for a run that is timed.
+    """
+    os.environ["KINETO_LOG_LEVEL"] = "99"
+    few = replace(settings, samples=2 * settings.batch)
+    rows = Data(data.train[: few.samples], data.test[:1], data.classes)
+    contender = find(key)
+    with quiet(), tempfile.TemporaryDirectory() as folder:
+        module = contender.module(settings.model(data.classes, 0), few)
+        trainer = _trainer(few, [*contender.callbacks(few), Marks(few)], folder)
+        batches = loader(rows, few, 0)
+        torch.manual_seed(0)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+            trainer.fit(module, batches)
+        return peaks_of(found.profiler.kineto_results.events())
 
 
 def _trainer(settings: Settings, callbacks: list[Callback], folder: str, **options: Any) -> Trainer:

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.profiler import record_function
 
 from benchmarks.staged.contenders import blocks
 from benchmarks.staged.settings import STAGES, Settings
@@ -121,6 +122,32 @@ def dropout_left_on(module: Any) -> bool:
         if not any(p.requires_grad for p in block.parameters())
         for part in block.modules()
     )
+
+
+class Marks(Callback):
+    """Tells a profile where a third of the run begins."""
+
+    NAME = "third of the run"
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.settings.epochs_per_stage == 0:
+            with record_function(self.NAME):
+                pass
+
+
+def peaks_of(events: Iterable[Any]) -> list[int]:
+    """The most bytes of tensors in each third, above those at the start, from a profile."""
+    now, peaks = 0, [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peaks[-1] = max(peaks[-1], now)
+        elif event.name() == Marks.NAME:
+            peaks.append(now)
+    return peaks[:STAGES]
 
 
 class Reduced(Callback):

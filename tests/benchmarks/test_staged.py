@@ -16,6 +16,7 @@ from benchmarks.staged import __main__ as command
 from benchmarks.staged import figures, settings
 from benchmarks.staged.contenders import CONTENDERS, missing
 from benchmarks.staged.fit import Fit, Wire
+from benchmarks.staged.probe import peaks_of
 
 SIZES = "--random --samples 24 --batch 4 --width 24 --heads 2 --vocabulary 50 --max-length 12"
 TINY = [*SIZES.split(), "--epochs-per-stage", "2", "--lr", "1e-2", "--freeze", "1:4,3:5"]
@@ -74,6 +75,37 @@ def test_all_reduced_bytes_follow_the_schedule_with_callbacks_only(result: Any) 
     assert result.wires["hand"].reduced[2] < result.wires["hand"].gradients[2]
     assert figures.drifts(result.wires["hand"])
     assert not figures.drifts(result.wires["ours"])
+
+
+def test_peaks_of_tensors_are_counted_to_the_byte(result: Any) -> None:
+    peaks = result.tensors["ours"]
+    assert result.tensors["hand"] == peaks
+    assert peaks[0] < peaks[1] < peaks[2]
+    # where everything trains: gradients, two moments, and activations
+    assert peaks[2] > 3 * result.fits["ours"][0].trainable[2]
+    sentence = figures.sentences(result)[-1]
+    assert f"{peaks[0]:,} and the same; {peaks[1]:,} and the same; {peaks[2]:,} and" in sentence
+    other = dataclasses.replace(result, tensors={"hand": [1, 2, 3], "ours": [1, 2, 4_000]})
+    assert "1 and the same; 2 and the same; 3 and 4,000." in figures.sentences(other)[-1]
+
+
+def test_a_profile_gives_the_peak_of_each_third() -> None:
+    class Event:
+        def __init__(self, at: int, size: int | None) -> None:
+            self.at, self.size = at, size
+
+        def start_ns(self) -> int:
+            return self.at
+
+        def name(self) -> str:
+            return "third of the run" if self.size is None else "[memory]"
+
+        def nbytes(self) -> int:
+            return self.size or 0
+
+    sizes = [5, -2, None, -1, 1, None, 10, -12]
+    events = [Event(at, size) for at, size in enumerate(sizes)]
+    assert peaks_of(reversed(events)) == [5, 3, 13]
 
 
 def test_dropout_left_on_is_noticed(result: Any) -> None:
