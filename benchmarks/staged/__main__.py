@@ -164,6 +164,12 @@ def parse(
         option = "--" + name.replace("_", "-")
         parser.add_argument(option, type=int, default=default, help=f"{text} ({default})")
     parser.add_argument("--lr", type=float, default=Settings.lr, help=f"of AdamW ({Settings.lr})")
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        default=Settings.percentile,
+        help=f"of AutoFreeze's rule; a higher one freezes sooner ({Settings.percentile:g})",
+    )
     parser.add_argument("--threads", type=int, help="of torch in a fit (torch's own choice)")
     parser.add_argument("--trec", type=Path, help="folder or training file of TREC's questions")
     parser.add_argument("--random", dest="weights", action="store_false", help="random weights")

@@ -159,7 +159,8 @@ def _autofreeze(settings: Settings) -> list[Callback]:
     steps = settings.epochs * -(-settings.samples // settings.batch)
     # the paper's interval: a 20th of the run
     every = max(1, round(steps / 20))
-    return [GradualFreeze.autofreeze(every=every, unit="step"), FrozenFeatureCache()]
+    freeze = GradualFreeze.autofreeze(every=every, unit="step", percentile=settings.percentile)
+    return [freeze, FrozenFeatureCache()]
 
 
 def _nothing(settings: Settings) -> list[Callback]:

@@ -37,6 +37,7 @@ class Settings:
     padding: str = "fixed"
     lr: float = 2e-4
     freeze: tuple[tuple[int, int], ...] = ((2, 4), (4, 5))
+    percentile: float = 50.0
     threads: int | None = None
     trec: Path | None = None
     weights: bool = True

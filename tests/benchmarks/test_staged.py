@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.staged import __main__ as command
 from benchmarks.staged import figures, settings
-from benchmarks.staged.contenders import CONTENDERS, missing
+from benchmarks.staged.contenders import CONTENDERS, find, missing
 from benchmarks.staged.fit import Fit, Wire
 from benchmarks.staged.probe import peaks_of
 
@@ -190,6 +190,14 @@ def test_batches_are_the_same_for_each_and_others_in_each_epoch(padding: str) ->
     assert (len(widths) == 1) == (padding == "fixed")
     # each text once
     assert sum(len(batch) for batch in epochs[0][0]) == len(data.train) == options.samples
+
+
+def test_callbacks_follow_the_options() -> None:
+    options, _ = command.parse([*TINY, "--freeze", "1:2,2:3", "--percentile", "80"])
+    freeze, autofreeze = (find(key).callbacks(options)[0] for key in ("freeze", "autofreeze"))
+    assert [(entry.at, len(entry.freeze)) for entry in freeze.entries] == [(1, 3), (2, 1)]
+    assert autofreeze.percentile == 80
+    assert autofreeze.every == 2  # of 36 steps
 
 
 def test_trec_is_read_from_its_folder_or_file(tmp_path: Path) -> None:
