@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> Result:
         print(markdown(result))
     else:
         console = Console()
-        console.width = max(console.width, 140)
+        console.width = max(console.width, 165)
         show(result, console)
     return result
 
