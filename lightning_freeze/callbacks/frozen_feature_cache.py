@@ -280,7 +280,7 @@ class _Run:
             self._plan()
         if self.cache is not None:
             self.cache.training = may_plan
-            self.cache.replayed.install(self.cache)
+            self.cache.replayed.install(self._called)
         elif self._tree is None and may_plan:
             if any(is_compiled(module) for module in self.module.modules()):
                 self._aside("the model is compiled")
@@ -291,6 +291,14 @@ class _Run:
             self._traced_with = flags
             self._tracing = traced(self.module)
             self._traced = self._tracing.__enter__()
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """The scope's call. In the step `train()` may have been called, which doesn't hold."""
+        assert self.cache is not None
+        session = session_of(self.trainer)
+        if session is not None and session.applier is not None:
+            session.applier.reassert()
+        return self.cache(*args, **kwargs)
 
     def end(self) -> None:
         """After a batch."""

@@ -261,7 +261,15 @@ class Contrastive(Texts):
         return loss
 
 
-@pytest.mark.parametrize("kind", [TwoCalls, Contrastive])
+class CallsTrain(Texts):
+    """Puts all into train mode in each step; what is frozen goes back to eval as it is entered."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.model.train()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [TwoCalls, Contrastive, CallsTrain])
 def test_a_model_may_be_called_more_than_once_in_a_step(kind: Any) -> None:
     plain, cached, cache = both(lambda: kind(tiny_bert(3)), top_layer, data=texts)
     assert_same(plain, cached)
