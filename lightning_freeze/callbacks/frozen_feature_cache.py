@@ -171,7 +171,10 @@ class FrozenFeatureCache(Callback):
             if self.stats.hits:
                 rank_zero_info(_told(self.stats))
             elif self._run.useless:
-                rank_zero_warn(
+                # that a schedule hasn't frozen anything yet is nobody's mistake
+                session = session_of(trainer)
+                waits = session is not None and session.managed and not session.plan.frozen
+                (rank_zero_info if waits else rank_zero_warn)(
                     "FrozenFeatureCache did nothing: no frozen layer is called before the first "
                     "that trains, or apart from it."
                 )

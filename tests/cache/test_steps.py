@@ -438,3 +438,7 @@ def test_a_fit_with_nothing_in_front_says_so() -> None:
 
     with pytest.warns(UserWarning, match="did nothing: no frozen layer is called before the first"):
         fitted(lambda: Module(Nothing()), FrozenFeatureCache(), epochs=1)
+
+
+def test_a_schedule_that_hasnt_frozen_anything_yet_is_no_mistake() -> None:
+    fitted(lambda: Texts(tiny_bert(2)), GradualFreeze(start=5), FrozenFeatureCache(), data=texts)
