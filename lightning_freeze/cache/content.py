@@ -46,7 +46,7 @@ class Content:
         self._around = [module for module in around if module not in set(inner)]
         # hooks of the first of those around are called before and after its `forward`
         self._watched = [*inner, *(m for m in self._around if m is not around[0])]
-        self._forwards = [(m, _forward_of(m)) for m in (*inner, *self._around)]
+        self._forwards = [(m, vars(m), _forward_of(m)) for m in (*inner, *self._around)]
         self._modes = [m for m in inner if minds_its_mode(m)]
         self._made_of = [(m._modules, list(m._modules.values())) for m in inner if m._modules]
         tables = [t for m in inner for t in (m._parameters, m._buffers) if t]
@@ -83,7 +83,10 @@ class Content:
 
     def whole(self) -> bool:
         """False where a tensor, a module or its `forward` was exchanged for another one."""
-        if any(_forward_of(module) is not forward for module, forward in self._forwards):
+        if any(
+            table.get("forward") is not forward and _forward_of(module) is not forward
+            for module, table, forward in self._forwards
+        ):
             return False
         return all(
             len(table) == len(values) and all(map(is_, table.values(), values))
@@ -94,8 +97,8 @@ class Content:
     def covers(self, other: Content) -> bool:
         """Whether all that another one is made of is looked after here."""
         mine = {id(tensor) for tensor in self._tensors}
-        forwards = dict(self._forwards)
-        if any(forwards.get(module) is not forward for module, forward in other._forwards):
+        forwards = {module: forward for module, _, forward in self._forwards}
+        if any(forwards.get(module) is not forward for module, _, forward in other._forwards):
             return False
         return set(other._inner) <= set(self._inner) and all(
             id(tensor) in mine for tensor in other._tensors

@@ -9,6 +9,8 @@ from types import CodeType, FunctionType
 from typing import Any
 
 _NAMED = frozenset(dis.hasname)
+# what `log` and its like read is the state of the fit
+_FRAMEWORKS = ("lightning", "pytorch_lightning")
 
 
 @cache
@@ -31,13 +33,18 @@ def names_read(kind: Any) -> frozenset[str]:
         name = open_names.pop()
         new = set()
         for owner in kind.__mro__:
+            if owner.__module__.partition(".")[0] in _FRAMEWORKS:
+                continue
             value = vars(owner).get(name)
             if isinstance(value, property):
                 value = value.fget
             function = getattr(value, "__func__", value)
             function = getattr(function, "__wrapped__", function)
             if isinstance(function, FunctionType):
-                new |= set(_names(function.__code__)) - found
+                here = set(_names(function.__code__))
+                new |= here - found
+                if not here & {"super", name}:
+                    break  # those of base classes aren't called
         found |= new
         open_names += new
     return frozenset(found)

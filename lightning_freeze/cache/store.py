@@ -224,9 +224,13 @@ class RowStore:
         path = self._folder / str(self._files)
         self._files += 1
         numel = rows * math.prod(shelf.shape)
-        with path.open("wb") as file:
-            # a full disk says so here; writing to a map would end the process
-            _reserve(file.fileno(), max(1, numel * shelf.dtype.itemsize))
+        try:
+            with path.open("wb") as file:
+                # a full disk says so here; writing to a map would end the process
+                _reserve(file.fileno(), max(1, numel * shelf.dtype.itemsize))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
         flat = torch.from_file(str(path), shared=True, size=numel, dtype=shelf.dtype)
         path.unlink()  # the map holds it; a killed process leaves nothing
         return flat.view(rows, *shelf.shape)

@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
 from lightning_freeze.cache.prefix_cache import CacheStats, PrefixCache
+from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
 from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._session import session_of
@@ -31,6 +32,8 @@ _LOST = 1.0
 _MOST_PLANS = 100
 # hooks and modules that are exchanged in a fit
 _MOST_ANEW = 10
+# of a LightningModule
+_CLOCK = frozenset({"global_step", "current_epoch", "trainer"})
 
 
 class FrozenFeatureCache(Callback):
@@ -170,7 +173,10 @@ class FrozenFeatureCache(Callback):
             if self.stats.hits:
                 rank_zero_info(_told(self.stats))
             elif self._run.useless:
-                rank_zero_warn(
+                # that a schedule hasn't frozen anything yet is nobody's mistake
+                session = session_of(trainer)
+                waits = session is not None and session.managed and not session.plan.frozen
+                (rank_zero_info if waits else rank_zero_warn)(
                     "FrozenFeatureCache did nothing: no frozen layer is called before the first "
                     "that trains, or apart from it."
                 )
@@ -189,6 +195,19 @@ class FrozenFeatureCache(Callback):
 def _callbacks_of(trainer: Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _reads_clock(prefix: Prefix) -> str:
+    """Why the frozen part may give something else at another step; "" where it doesn't."""
+    for module in dict.fromkeys((*prefix.around, *prefix.skipped)):
+        kind: Any = type(module)
+        read = sorted(names_read(kind) & _CLOCK) if isinstance(module, LightningModule) else []
+        if read:
+            return (
+                f"`{kind.__name__}.forward` reads `{read[0]}`, which its frozen part may depend on "
+                "(read it in `training_step`)"
+            )
+    return ""
 
 
 def _in_parts(parameter: nn.Parameter) -> bool:
@@ -266,7 +285,7 @@ class _Run:
             self._plan()
         if self.cache is not None:
             self.cache.training = may_plan
-            self.cache.replayed.install(self.cache)
+            self.cache.replayed.install(self._called)
         elif self._tree is None and may_plan:
             if any(is_compiled(module) for module in self.module.modules()):
                 self._aside("the model is compiled")
@@ -277,6 +296,14 @@ class _Run:
             self._traced_with = flags
             self._tracing = traced(self.module)
             self._traced = self._tracing.__enter__()
+
+    def _called(self, *args: Any, **kwargs: Any) -> Any:
+        """The scope's call. In the step `train()` may have been called, which doesn't hold."""
+        assert self.cache is not None
+        session = session_of(self.trainer)
+        if session is not None and session.applier is not None:
+            session.applier.reassert()
+        return self.cache(*args, **kwargs)
 
     def end(self) -> None:
         """After a batch."""
@@ -314,7 +341,8 @@ class _Run:
         hits_before, misses_before, saved_before = self._epoch_began
         hits, misses = self.stats.hits - hits_before, self.stats.misses - misses_before
         seen_before = hits_before + misses_before - self._planned
-        if seen_before <= _MOST * (hits + misses):
+        whole = self.cache.fit.rows * self.trainer.num_training_batches
+        if seen_before <= _MOST * max(hits + misses, whole if whole < float("inf") else 0):
             return  # they had no chance to come back
         saved = self.stats.seconds_saved
         if hits and saved < -_LOST and saved < saved_before:
@@ -341,6 +369,8 @@ class _Run:
         if prefix is not None and prefix.late and self._traced_with != self._flags:
             self._tree = None  # what comes before may train by now
             return
+        clock = "" if prefix is None else _reads_clock(prefix)
+        prefix, reason = (None, clock) if clock else (prefix, reason)
         if reason and reason not in self._said:
             self._said.add(reason)
             does = "does nothing for now" if prefix is None else "leaves out less than it could"

@@ -298,6 +298,29 @@ def test_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Any
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("files", [1, 3])
+def test_a_limit_of_the_system_on_files_is_a_full_disk(files: int, tmp_path: Any) -> None:
+    """A real one: the kernel refuses to make a file so large, the first or a later one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    row = WIDTH * 4
+    largest = (6 if files == 1 else 13) * row - 1
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+        with pytest.warns(UserWarning, match="its file can't be written: File too large"):
+            plain, cached, cache = both(
+                lambda: Module(Net()),
+                cache=lambda: FrozenFeatureCache(store="disk", folder=tmp_path),
+                data=lambda: loader(48, 6),
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert_same(plain, cached)
+    assert cache.stats.aside != ""
+    assert (cache.stats.misses > 0) is (files > 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_are_gone_after_the_fit_and_after_an_exception(tmp_path: Any) -> None:
     class Breaks(Callback):
         def on_train_epoch_start(self, trainer: Any, module: Any) -> None:

@@ -58,6 +58,7 @@ class Copies(Callback):
         self.models += [pickle.loads(pickle.dumps(pl_module.backbone))]
 
 
+@pytest.mark.filterwarnings("ignore:FrozenFeatureCache did nothing")
 @pytest.mark.parametrize(
     "make", [FreezeBackbone, GradualUnfreeze, GradualFreeze, GradualFreeze.autofreeze, reinit]
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_freeze import FreezeBackbone, FrozenFeatureCache, TrainableParamAudit
+from lightning_freeze import FreezeBackbone, FrozenFeatureCache, GradualFreeze, TrainableParamAudit
 from tests.callbacks import test_fsdp2 as fsdp2
 from tests.ranks.fits import OwnData, fit, sgd
 from tests.ranks.processes import on_ranks
@@ -17,11 +17,14 @@ from tests.toys import seeded
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_cache_on_two_ranks_changes_nothing_and_the_ranks_stay_equal() -> None:
+@pytest.mark.parametrize(
+    "make", [FreezeBackbone, lambda: GradualFreeze({1: "backbone.embed", 2: "backbone.blocks.0"})]
+)
+def test_a_cache_on_two_ranks_changes_nothing_and_the_ranks_stay_equal(make: Any) -> None:
     def act(rank: int) -> Any:
         found = []
         for caches in ([], [FrozenFeatureCache()]):
-            callbacks = [FreezeBackbone(), *caches, TrainableParamAudit(table=False)]
+            callbacks = [make(), *caches, TrainableParamAudit(table=False)]
             module = fit(lambda: OwnData(sgd), *callbacks, epochs=5).lightning_module
             found.append({name: t.tolist() for name, t in module.state_dict().items()})
         return *found, caches[0].stats.hits
