@@ -331,13 +331,15 @@ class PrefixCache:
         assert self.fit is not None
         space, keys = call.keys(self._beside())
         self.rows.learn(space, first.outputs)
-        self.stats.misses += call.rows
-        self._missed = True
         values, first.values = first.values, {}
         try:
             self._keep(space, keys, values, sorted(self.fit.needed))
         except OSError as error:
             self._leave(_because(error))
+            return
+        self._missed = True
+        self.stats.misses += call.rows
+        self.stats.nbytes = max(self.stats.nbytes, self.store.nbytes)
 
     def _keep(
         self,
