@@ -167,6 +167,7 @@ class Watch:
     clock: Callable[[], float]
     transitions: list[float] = field(default_factory=list)
     ticks: dict[int, float] = field(default_factory=dict)
+    wanted: Callable[[int], bool] = bool
     start: float = 0.0
     fingerprints: float = 0.0
     _inside: bool = False
@@ -185,7 +186,8 @@ class Watch:
             known = len(self.transitions)
             seconds, _ = self._time(tick, session, trainer)
             step = trainer.global_step
-            if len(self.transitions) == known and step % trainer.num_training_batches:
+            ordinary = len(self.transitions) == known and step % trainer.num_training_batches
+            if ordinary and self.wanted(step):
                 self.ticks[step] = self.ticks.get(step, 0.0) + seconds
 
         def timed_digests(*args: Any) -> Any:
@@ -360,7 +362,11 @@ class LongFit:
 def long_fit(settings: Settings) -> LongFit:
     """All callbacks on a tiny model, for many steps."""
     first, last = settings.steps
+    near = range(first // 2, first), range(last - first // 2, last)
+    # what is noted between the two steps would count as growth: room for it is made before
     watch, memory = Watch(CLOCKS[settings.clock]), Memory(settings.steps)
+    watch.ticks = dict.fromkeys([*near[0], *near[1]], 0.0)
+    watch.wanted = watch.ticks.__contains__
     callbacks = [
         lightning_freeze.ReinitTopLayers(1, seed=0),
         *freezing(),
@@ -373,7 +379,6 @@ def long_fit(settings: Settings) -> LongFit:
             fit(toy(50), [*callbacks, memory], 1, last)
     finally:
         tracemalloc.stop()
-    near = range(first // 2, first), range(last - first // 2, last)
     early, late = (statistics.median(watch.ticks[step] for step in steps) for steps in near)
     return LongFit(memory.bytes_held[1] - memory.bytes_held[0], early, late)
 

@@ -215,6 +215,42 @@ def test_importing_the_package_loads_no_lightning_transformers_or_matplotlib() -
     assert not loaded & {"lightning", "pytorch_lightning", "transformers", "matplotlib", "rich"}
 
 
+# lightning can't be imported beside a torchvision that lacks its operators (see conftest.py)
+LIGHTNING = """
+import torch
+try:
+    import torchvision
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+import lightning
+"""
+CALLBACKS = (
+    "FreezeBackbone",
+    "FrozenFeatureCache",
+    "GradualFreeze",
+    "GradualUnfreeze",
+    "ReinitTopLayers",
+    "TrainableParamAudit",
+)
+
+
+def test_importing_the_callbacks_loads_nothing_heavy_beside_lightning() -> None:
+    names = ", ".join(CALLBACKS)
+    alone = loaded_by(LIGHTNING)
+    loaded = loaded_by(f"{LIGHTNING}\nfrom lightning_freeze import {names}") - alone
+    assert {"lightning_freeze", "xxhash"} <= loaded
+    heavy = {"jsonargparse", "transformers", "timm", "matplotlib", "rich", "yaml", "safetensors"}
+    assert not loaded & heavy
+
+
+def test_the_list_of_callbacks_is_whole() -> None:
+    assert set(CALLBACKS) == set(lightning_freeze._CALLBACKS)
+
+
 def test_every_error_is_a_freeze_error() -> None:
     from lightning_freeze import errors
 

@@ -46,13 +46,20 @@ _INPUT_LISTS = re.compile(r"(^|\.)(feature_extractor|feature_encoder|prenet)\.|c
 
 def kind_of(module: nn.Module) -> str | None:
     """Which library a model is from, or is built like: timm, transformers, torchvision."""
-    kind = type(module)
+    return _made_by(type(module)) or _built_like(module)
+
+
+def _made_by(kind: type) -> str | None:
     if callable(getattr(kind, "group_matcher", None)) and callable(
         getattr(kind, "get_classifier", None)
     ):
         return "timm"
     if hasattr(kind, "base_model_prefix") and hasattr(kind, "base_model"):
         return "transformers"
+    return None
+
+
+def _built_like(module: nn.Module) -> str | None:
     if not module._modules.keys().isdisjoint(HEADS):
         inside = dict(module.named_children())
         if not any(name in inside for name in HEADS):
@@ -80,7 +87,13 @@ def zoo_models(index: ModelIndex, under: str = "") -> list[tuple[str, str]]:
     """Outermost models that a model library made, as (path, which library)."""
     found: list[tuple[str, str]] = []
     prefix = under + "." if under else ""
-    inside = [item for item in index.modules.items() if (item[0] + ".").startswith(prefix)]
+    made_by = {kind: _made_by(kind) for kind in set(map(type, index.modules.values()))}
+    likely = [
+        (path, module)
+        for path, module in index.modules.items()
+        if made_by[type(module)] or not module._modules.keys().isdisjoint(HEADS)
+    ]
+    inside = [item for item in likely if (item[0] + ".").startswith(prefix)]
     for path, module in sorted(inside, key=lambda item: item[0].count(".") + bool(item[0])):
         if any(p in (path, "") or path.startswith(p + ".") for p, _ in found):
             continue

@@ -1,8 +1,7 @@
-"""The benchmark against model size measures what it says, at tiny sizes."""
+"""The benchmark against model size runs, and measures what it says."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,18 @@ import pytest
 
 from tests.benchmarks.test_benchmarks import load
 
-ROOT = Path(__file__).parents[2]
-TINY = "--tensors 10 50 --repeats 1 --processes 1 --no-bert --steps 5 15"
+TINY = "--tensors 10 50 --repeats 1 --processes 1 --steps 8 16 --no-bert"
+# as tests/conftest.py does it
+PRELOAD = """import torch
+try:
+    import torchvision
+except ModuleNotFoundError:
+    pass
+except RuntimeError:
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -20,33 +29,45 @@ def benchmark() -> Any:
 
 
 @pytest.mark.slow
-def test_each_size_has_a_row_and_import_and_a_long_fit_have_a_sentence(
-    benchmark: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_scaling_prints_a_row_for_each_size(
+    benchmark: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    rows, imports, memory = benchmark.main([*TINY.split(), "--preload", "tests.conftest"])
+    (tmp_path / "declared_first.py").write_text(PRELOAD)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[2]}")
+    rows, imports, memory = benchmark.main([*TINY.split(), "--preload", "declared_first"])
     shown = capsys.readouterr().out
     assert [row.tensors for row in rows] == [10, 50]
-    assert rows[1].stages > rows[0].stages
+    assert [row.stages for row in rows] == [4, 8]
     for row in rows:
-        assert 0 < row.transition < row.whole
-        assert 0 < row.tick < row.start
-    assert 0 < imports.ours < imports.lightning
-    assert f"grew by {memory.added:,} bytes" in shown
-    assert "5.0 times the tensors (10 to 50)" in shown
+        assert row.whole >= row.index + row.transition > 0
+        assert row.audited > row.transition
+        assert row.start > 0
+        assert row.fingerprints > 0
+        assert f"{1e3 * row.whole:.2f}" in shown
+    assert imports.lightning > imports.ours > 0
+    assert f"adds {1e3 * imports.ours:.1f} ms" in shown
+    assert f"grew by {memory.added:,} bytes" in " ".join(shown.split())
+
+
+def test_scaling_makes_models_of_the_size_that_is_asked_for(benchmark: Any) -> None:
+    for tensors in (10, 50, 210):
+        assert len(list(benchmark.toy(tensors).parameters())) == tensors
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("given", "told"),
     [
-        ("--tensors 3", "a model has at least 10"),
+        ("--tensors 3", "--tensors has 3"),
         ("--repeats 0", "must be at least 1"),
         ("--steps 9 9", "the second larger"),
     ],
 )
-def test_sizes_that_measure_nothing_are_refused(
-    benchmark: Any, capsys: pytest.CaptureFixture[str], wrong: str, message: str
+def test_scaling_refuses_what_it_cant_measure(
+    benchmark: Any, given: str, told: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        benchmark.parse(wrong.split())
-    assert message in capsys.readouterr().err
+        benchmark.parse(given.split())
+    assert told in capsys.readouterr().err
