@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from lightning_freeze.cache.replay import Collected, Replay
 from lightning_freeze.cache.rows import Rows
 from lightning_freeze.cache.sideways import devices_of, undone
 from lightning_freeze.cache.skipped import Leaf, SkippedActivation
+from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import ENTRY, Full, RowStore
 
 # a few rows are compared with what the frozen part gives, once in so many calls
@@ -27,39 +27,6 @@ _VERIFIED = 64
 _ROUNDED = 5e-2
 # changes of the frozen part in one stage
 _MOST_CHANGES = 8
-
-
-@dataclass
-class CacheStats:
-    """What a cache has done in a fit.
-
-    Attributes:
-        hits: samples whose frozen part wasn't computed.
-        misses: samples whose frozen part was computed, and kept where there was room.
-        shortened: of the misses, those that began with what an earlier stage had kept: only the
-            layers that have frozen since were computed.
-        nbytes: the most memory (or disk) that rows and keys took.
-        seconds_saved: time that the frozen part would have taken, less that of looking up.
-        skipped: what is left out now, in words; "" if nothing.
-        aside: why the cache does nothing any more; "" if it does.
-    """
-
-    hits: int = 0
-    misses: int = 0
-    shortened: int = 0
-    nbytes: int = 0
-    seconds_saved: float = 0.0
-    skipped: str = ""
-    aside: str = ""
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the samples whose frozen part wasn't computed."""
-        return self.hits / max(1, self.hits + self.misses)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**asdict(self), "hit_rate": self.hit_rate}
 
 
 class PrefixCache:

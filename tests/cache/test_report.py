@@ -14,7 +14,7 @@ from lightning_freeze import (
     GradualUnfreeze,
     TrainableParamAudit,
 )
-from lightning_freeze.cache.prefix_cache import CacheStats
+from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.callbacks.frozen_feature_cache import _told
 from tests.cache.nets import Module, Net, fitted
 from tests.cache.test_exactness import Texts, texts
