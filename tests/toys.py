@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +94,7 @@ class ByStep(Toy):
     """Takes its batch by the global step: a mid-epoch resume begins its loader anew."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        batches = usual_batches()
+        batches = list(loader())  # it draws a number, as a loop by hand does
         return super().training_step(batches[self.global_step % len(batches)], batch_idx)
 
 
@@ -104,11 +103,6 @@ def loader(rows: int = 24, batch: int = 6, seed: int = 1) -> DataLoader[Any]:
     x = torch.randn(rows, 4, generator=generator)
     y = torch.randint(0, 3, (rows,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=batch)
-
-
-@functools.cache
-def usual_batches() -> list[Any]:
-    return list(loader())
 
 
 def trainer(*callbacks: Callback, epochs: int = 3, **options: Any) -> Trainer:
