@@ -155,7 +155,11 @@ class PrefixCache:
             # without gradients only what is frozen as a whole shows that nothing in it trains
             if not torch.is_grad_enabled() and not (self.training and self.replayed.whole):
                 return original(*args, **kwargs)
-            self.content.changed()
+            if self.content.changed():  # since it was planned: earlier rows are of what it was
+                self._before = None
+                self._forget()
+                if self._over:
+                    return original(*args, **kwargs)
             result, found = probe(self.replayed, call)
             if isinstance(found, Unfit):
                 self._leave(str(found))

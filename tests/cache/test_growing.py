@@ -156,3 +156,34 @@ def test_rows_of_layers_that_were_written_since_arent_used(how: str) -> None:
     assert plain.losses != both(deep, **depths(2, 2, 3, 3, 4, 4))[0].losses
     # the second change finds what was kept since
     assert cache.stats.shortened == 12 + 6
+
+
+@pytest.mark.parametrize("found", [(2, 2, 3, 3), (3, 3, 2, 2)], ids=["freezes", "unfreezes"])
+def test_a_write_just_before_a_stage_is_tried_out_makes_earlier_rows_stale(
+    found: tuple[int, ...],
+) -> None:
+    class Writes(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            # where more freezes one batch is traced before, where less does none is
+            if trainer.current_epoch == 2 and batch_idx == int(found[2] > found[0]):
+                pl_module.written = True
+
+    class Written(AllTrain):
+        written = False
+
+        def loss(self, batch: Any) -> Tensor:
+            if self.written:
+                self.written = False
+                with torch.no_grad():
+                    self.net.blocks[0][0].weight.mul_(1.5)
+            return super().loss(batch)
+
+    plain, cached, cache = both(
+        lambda: Written(Deep(), lambda net: net.blocks[0][0]),
+        lambda: [Depths(found), Writes()],
+        epochs=4,
+    )
+    assert_same(plain, cached)
+    assert cache.stats.hits > 0
