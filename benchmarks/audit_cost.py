@@ -41,7 +41,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel
 from lightning_freeze import FreezeBackbone, TrainableParamAudit
 from lightning_freeze.accelerator import reduced
 from lightning_freeze.audit.ledger import Ledger
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
 
 SMALL = 10_000
 GIGABYTES_ON_GPU = 14

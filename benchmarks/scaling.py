@@ -40,8 +40,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_freeze
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, TrainableParamAudit
 from lightning_freeze.audit import baseline
-from lightning_freeze.callbacks._session import Session
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.callbacks.fit_state import Session
+from lightning_freeze.model.index import ModelIndex
 
 TENSORS_A_BLOCK = 8
 WORDS, CLASSES = 16, 3

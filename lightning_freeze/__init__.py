@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_freeze.apply import freeze, unfreeze
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.guard import assert_frozen, audit_parameters
-from lightning_freeze.discovery.anatomy import Anatomy, Stack
+from lightning_freeze.engine.flags import freeze, unfreeze
+from lightning_freeze.engine.weights import reinit
 from lightning_freeze.errors import (
     ArgumentError,
     AuditError,
@@ -23,12 +23,12 @@ from lightning_freeze.errors import (
     VerifyError,
 )
 from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.layers import LayerGroup, anatomy, layer_groups
-from lightning_freeze.plan import FreezePlan
-from lightning_freeze.preview import SchedulePreview
-from lightning_freeze.reinit import reinit
-from lightning_freeze.report import Summary, summarize
-from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.model.discovery.anatomy import Anatomy, Stack
+from lightning_freeze.model.layer_groups import LayerGroup, anatomy, layer_groups
+from lightning_freeze.report.preview import SchedulePreview
+from lightning_freeze.report.summary import Summary, summarize
+from lightning_freeze.schedule.plan import FreezePlan
+from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 if TYPE_CHECKING:
     from lightning_freeze.callbacks import (

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_freeze.digests import digest, digests
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.names import named_tensors
+from lightning_freeze.model.index import named_tensors
 
 
 @overload

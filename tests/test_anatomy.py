@@ -27,8 +27,8 @@ from lightning_freeze import (
     anatomy,
     layer_groups,
 )
-from lightning_freeze.layers import backbone_at
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import backbone_at
 from tests.families.tiny import small
 from tests.test_layers import Head, mlp
 from tests.toys import changed, state, trainer

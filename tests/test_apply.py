@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_freeze import fingerprint, freeze, unfreeze
-from lightning_freeze.apply import (
+from lightning_freeze.engine.flags import (
     Applier,
     Snapshot,
     can_train,
@@ -20,8 +20,8 @@ from lightning_freeze.apply import (
     release,
 )
 from lightning_freeze.errors import SelectorError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.plan import FreezePlan
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.schedule.plan import FreezePlan
 
 
 class Net(nn.Module):

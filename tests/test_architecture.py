@@ -21,13 +21,13 @@ MOST_LINES = 450
 # values only
 PURE = (
     "errors.py",
-    "plan.py",
-    "entries.py",
-    "schedule.py",
-    "stages.py",
-    "conflicts.py",
-    "freezing.py",
-    "autofreeze.py",
+    "schedule/plan.py",
+    "schedule/entries.py",
+    "schedule/schedule.py",
+    "schedule/stages.py",
+    "schedule/conflicts.py",
+    "schedule/freezing.py",
+    "schedule/autofreeze.py",
 )
 
 
@@ -87,13 +87,13 @@ def test_the_callbacks_do_import_lightning() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_only_apply_writes_requires_grad(path: Path) -> None:
-    if path.name != "apply.py":
+def test_only_the_flags_room_writes_requires_grad(path: Path) -> None:
+    if name_of(path) != "engine/flags.py":
         assert writes(tree_of(path), "requires_grad") == []
 
 
-def test_apply_does_write_requires_grad() -> None:
-    assert writes(tree_of(PACKAGE / "apply.py"), "requires_grad")
+def test_the_flags_room_does_write_requires_grad() -> None:
+    assert writes(tree_of(PACKAGE / "engine/flags.py"), "requires_grad")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_only_the_sources_of_models_import_a_model_library_and_only_inside_funct
     path: Path,
 ) -> None:
     tree = tree_of(path)
-    if name_of(path) == "sources.py":
+    if name_of(path) == "model/load.py":
         assert not imported_at_the_top(tree) & LIBRARIES
     else:
         assert not roots(tree) & LIBRARIES
@@ -144,7 +144,7 @@ def roots_of(node: ast.stmt) -> set[str]:
 
 
 def test_the_sources_of_models_do_import_them() -> None:
-    assert roots(tree_of(PACKAGE / "sources.py")) >= LIBRARIES
+    assert roots(tree_of(PACKAGE / "model/load.py")) >= LIBRARIES
     code = "import timm\nif 1:\n    from torchvision import x\ndef f():\n    import transformers"
     assert imported_at_the_top(ast.parse(code)) == {"timm", "torchvision"}
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze.autofreeze import GradientClock, change, percentile_of, settled
-from lightning_freeze.gradient_norms import GradientNorms
+from lightning_freeze.engine.gradient_norms import GradientNorms
+from lightning_freeze.schedule.autofreeze import GradientClock, change, percentile_of, settled
 
 numbers = st.floats(0, 1e6)
 changes = st.lists(st.none() | numbers | st.just(math.inf), min_size=1, max_size=14)

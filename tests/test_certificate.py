@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lightning_freeze import VerifyError
-from lightning_freeze import certificate as module
-from lightning_freeze.certificate import (
+from lightning_freeze.checkpoints import certificate as module
+from lightning_freeze.checkpoints.certificate import (
     Certificate,
     Certified,
     checksum,

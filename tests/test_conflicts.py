@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from lightning_freeze.conflicts import check_conflicts
 from lightning_freeze.errors import ConflictError, FreezeError
-from lightning_freeze.schedule import Stage, UnfreezeSchedule
+from lightning_freeze.schedule.conflicts import check_conflicts
+from lightning_freeze.schedule.schedule import Stage, UnfreezeSchedule
 
 NAMES = ("embed", "low", "high", "head")
 BACKBONE = frozenset({"embed", "low", "high"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_freeze.files import write_json, write_whole
+from lightning_freeze.checkpoints.files import write_json, write_whole
 
 
 def test_json_is_written_with_its_folders(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_freeze import ScheduleError, SelectorError, UnfreezeSchedule
-from lightning_freeze.freezing import freeze_entries, freeze_groups, parse_freezing
-from lightning_freeze.schedule import from_groups
+from lightning_freeze.schedule.freezing import freeze_entries, freeze_groups, parse_freezing
+from lightning_freeze.schedule.schedule import from_groups
 
 NAMES = frozenset({"embed", "low", "high", "head"})
 EMPTY = UnfreezeSchedule(NAMES, ())

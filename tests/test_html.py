@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_freeze import TrainableParamAudit, freeze, summarize
 from lightning_freeze.audit.findings import Finding
-from lightning_freeze.html import audit_to_html, table_to_html
+from lightning_freeze.report.html import audit_to_html, table_to_html
 from tests.toys import Toy
 
 

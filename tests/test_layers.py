@@ -18,8 +18,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_freeze.errors import ArgumentError, DiscoveryError, SelectorError
-from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover, layer_groups
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import (
+    Anatomy,
+    LayerGroup,
+    backbone_at,
+    discover,
+    layer_groups,
+)
 from tests.goldens import assert_golden
 from tests.zoo import TRANSFORMERS, tiny_bert, tiny_bert_lm
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_freeze.names import ModelIndex, clean, some, unwrap
+from lightning_freeze.model.index import ModelIndex, clean, some, unwrap
 
 
 def compiled(model: nn.Module) -> Any:

@@ -10,16 +10,16 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, SequentialLR, StepLR
 
-from lightning_freeze.errors import UnsupportedError
-from lightning_freeze.layout import Layout
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import (
+from lightning_freeze.engine.layout import Layout
+from lightning_freeze.engine.optimizers import (
     OptimizerGroups,
     check_supported,
     learning_rates,
     release,
     whole_groups,
 )
+from lightning_freeze.errors import UnsupportedError
+from lightning_freeze.model.index import ModelIndex
 
 NAMES = ("low.weight", "low.bias", "high.weight", "high.bias", "head.weight", "head.bias")
 GROUP = {name: name.split(".")[0] for name in NAMES}

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_freeze.conflicts import check_conflicts
-from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, ConflictError, ScheduleError
-from lightning_freeze.patterns import AllAtOnce, OneByOne, RandomLayers
-from lightning_freeze.schedule import UnfreezeSchedule, from_entries
+from lightning_freeze.schedule.conflicts import check_conflicts
+from lightning_freeze.schedule.entries import Entry, parse_schedule
+from lightning_freeze.schedule.rules import AllAtOnce, OneByOne, RandomLayers
+from lightning_freeze.schedule.schedule import UnfreezeSchedule, from_entries
 
 NAMES = ("embed", "low", "high", "head")
 GROUPS = [(name,) for name in NAMES]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_freeze.plan import FreezePlan, merge
+from lightning_freeze.schedule.plan import FreezePlan, merge
 
 NAMES = st.frozensets(st.sampled_from("abcdef"))
 PLANS = st.builds(

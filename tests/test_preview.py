@@ -14,9 +14,9 @@ from torch import nn
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, layer_groups
 from lightning_freeze.errors import ArgumentError, SelectorError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.preview import SchedulePreview
-from lightning_freeze.schedule import Stage, UnfreezeSchedule
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.report.preview import SchedulePreview
+from lightning_freeze.schedule.schedule import Stage, UnfreezeSchedule
 from tests.goldens import assert_golden
 from tests.zoo import tiny_bert
 

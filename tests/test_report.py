@@ -10,10 +10,10 @@ from rich.table import Table
 from torch import nn
 
 from lightning_freeze import freeze, summarize
+from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import OptimizerGroups
-from lightning_freeze.report import Summary, groups_or_children, to_text
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.report.summary import Summary, groups_or_children, to_text
 from tests.goldens import assert_golden
 from tests.zoo import tiny_bert, tiny_bert_lm
 

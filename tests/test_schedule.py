@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_freeze.arguments import positive
-from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ArgumentError, FreezeError, ScheduleError
-from lightning_freeze.schedule import (
+from lightning_freeze.schedule.entries import Entry, parse_schedule
+from lightning_freeze.schedule.schedule import (
     MetricClock,
     Stage,
     UnfreezeSchedule,

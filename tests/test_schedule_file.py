@@ -10,10 +10,10 @@ import yaml
 from torch import nn
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, SchedulePreview, layer_groups
-from lightning_freeze.entries import Entry, parse_schedule
 from lightning_freeze.errors import ScheduleError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.preview import trained_in
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.report.preview import trained_in
+from lightning_freeze.schedule.entries import Entry, parse_schedule
 from tests.zoo import TRANSFORMERS, tiny_bert, tiny_bert_lm
 
 CALLBACKS: list[Any] = [

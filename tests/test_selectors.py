@@ -13,8 +13,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_freeze.errors import ArgumentError, FreezeError, SelectorError
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.selectors import as_selectors, describe, select
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.selectors import as_selectors, describe, select
 
 CONFIG = BertConfig(
     hidden_size=8, num_hidden_layers=12, num_attention_heads=2, intermediate_size=8, vocab_size=11

@@ -9,11 +9,11 @@ import random
 import pytest
 
 from lightning_freeze import ConflictError
-from lightning_freeze.conflicts import check_conflicts
-from lightning_freeze.freezing import freeze_groups
-from lightning_freeze.plan import merge
-from lightning_freeze.schedule import UnfreezeSchedule, from_groups
-from lightning_freeze.stages import Stage, stages_of
+from lightning_freeze.schedule.conflicts import check_conflicts
+from lightning_freeze.schedule.freezing import freeze_groups
+from lightning_freeze.schedule.plan import merge
+from lightning_freeze.schedule.schedule import UnfreezeSchedule, from_groups
+from lightning_freeze.schedule.stages import Stage, stages_of
 
 MANY = 2000
 

@@ -11,7 +11,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.timeline import Moment, plot_timeline, shortened
+from lightning_freeze.report.timeline import Moment, plot_timeline, shortened
 
 GROUPS = ["embed", "block", "head"]
 MOMENTS = [

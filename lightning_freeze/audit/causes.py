@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.audit.baseline import Baseline, address
 from lightning_freeze.audit.numbers import all_zero
 from lightning_freeze.audit.scene import Scene
@@ -33,6 +32,7 @@ from lightning_freeze.audit.trace import (
     of_torch,
 )
 from lightning_freeze.digests import digest
+from lightning_freeze.engine.flags import is_batch_norm
 
 Why = tuple[str, str]
 

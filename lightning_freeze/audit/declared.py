@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lightning_freeze.apply import quiet_modules
-from lightning_freeze.names import Members, ModelIndex
-from lightning_freeze.plan import FreezePlan
-from lightning_freeze.selectors import Selectors, select
+from lightning_freeze.engine.flags import quiet_modules
+from lightning_freeze.model.index import Members, ModelIndex
+from lightning_freeze.model.selectors import Selectors, select
+from lightning_freeze.schedule.plan import FreezePlan
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze.names import Members, ModelIndex
+from lightning_freeze.model.index import Members, ModelIndex
 
 Why = tuple[str, str]
 

@@ -14,7 +14,6 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.audit.declared import Declared, ignored_by
 from lightning_freeze.audit.findings import CHANGED, Finding, Seen
 from lightning_freeze.audit.holdings import check_optimizers, hidden
@@ -25,11 +24,12 @@ from lightning_freeze.audit.scene import Scene, shared_memory
 from lightning_freeze.audit.switches import by_batch
 from lightning_freeze.audit.trace import START, Trace
 from lightning_freeze.audit.unfrozen import left_out
+from lightning_freeze.engine.flags import is_batch_norm
+from lightning_freeze.engine.optimizers import listed
 from lightning_freeze.errors import ArgumentError, FrozenWeightsChanged
-from lightning_freeze.names import ModelIndex, some
-from lightning_freeze.optimizers import listed
-from lightning_freeze.report import groups_or_children
-from lightning_freeze.selectors import Selectors
+from lightning_freeze.model.index import ModelIndex, some
+from lightning_freeze.model.selectors import Selectors
+from lightning_freeze.report.summary import groups_or_children
 
 
 @contextmanager

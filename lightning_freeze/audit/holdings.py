@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze.audit.findings import Seen
-from lightning_freeze.layers import LayerGroup
-from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.model.index import ModelIndex, some
+from lightning_freeze.model.layer_groups import LayerGroup
 
 
 def check_optimizers(

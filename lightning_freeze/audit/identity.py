@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_freeze.audit.findings import Seen
-from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.model.index import ModelIndex, some
 
 
 def untied(aliases: Mapping[str, tuple[str, ...]], now: ModelIndex) -> list[Seen]:

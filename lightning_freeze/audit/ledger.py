@@ -8,7 +8,6 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from lightning_freeze.apply import can_train
 from lightning_freeze.audit.baseline import Baseline, Moment, Place
 from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
 from lightning_freeze.audit.declared import Declared
@@ -20,7 +19,8 @@ from lightning_freeze.audit.roster import Roster
 from lightning_freeze.audit.scene import Scene, shared_memory
 from lightning_freeze.audit.switches import awake, by_batch, flipped
 from lightning_freeze.digests import digests
-from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.engine.flags import can_train
+from lightning_freeze.model.index import ModelIndex, some
 
 
 class Ledger:

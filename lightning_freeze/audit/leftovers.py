@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.numbers import all_zero
-from lightning_freeze.names import some
+from lightning_freeze.model.index import some
 
 Named = Iterable[tuple[str, Tensor]]
 

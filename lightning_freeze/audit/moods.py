@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze.apply import is_batch_norm
+from lightning_freeze.engine.flags import is_batch_norm
 
 _DROPPING = (nn.MultiheadAttention, nn.RNNBase)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.ledger import Ledger
 from lightning_freeze.digests import digests
-from lightning_freeze.names import some
+from lightning_freeze.model.index import some
 
 
 @dataclass(frozen=True)

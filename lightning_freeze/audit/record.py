@@ -12,9 +12,9 @@ from typing import Any, Union
 
 from lightning_freeze.audit.findings import CHANGED, Finding
 from lightning_freeze.audit.run import AuditRun
-from lightning_freeze.certificate import Certificate, Certified
-from lightning_freeze.layers import LayerGroup
-from lightning_freeze.timeline import Moment, plot_timeline
+from lightning_freeze.checkpoints.certificate import Certificate, Certified
+from lightning_freeze.model.layer_groups import LayerGroup
+from lightning_freeze.report.timeline import Moment, plot_timeline
 
 
 @dataclass

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.run import AuditRun
-from lightning_freeze.certificate import Certificate
-from lightning_freeze.names import some
+from lightning_freeze.checkpoints.certificate import Certificate
+from lightning_freeze.model.index import some
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import operator
 
 from torch import nn
 
-from lightning_freeze.names import peel
+from lightning_freeze.model.index import peel
 
 
 class Roster:

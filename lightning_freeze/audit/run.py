@@ -25,8 +25,8 @@ from lightning_freeze.audit.scene import Average, Scene, nobody
 from lightning_freeze.audit.switches import fell_asleep, lively
 from lightning_freeze.audit.unfrozen import Movement, never_stepped, not_moved, without_gradient
 from lightning_freeze.errors import FreezeError
-from lightning_freeze.layers import LayerGroup
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup
 
 # shares of a step's time: noting who writes, and comparing slices
 _FOR_NOTES = 0.002

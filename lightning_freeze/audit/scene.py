@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_freeze.audit.baseline import address
 from lightning_freeze.audit.trace import Trace
-from lightning_freeze.names import ModelIndex, named_tensors
+from lightning_freeze.model.index import ModelIndex, named_tensors
 
 
 @dataclass(frozen=True)

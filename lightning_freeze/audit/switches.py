@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from lightning_freeze.apply import can_train, is_batch_norm
 from lightning_freeze.audit.causes import when
 from lightning_freeze.audit.declared import Declared
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.moods import is_dropout, minds_its_mode
 from lightning_freeze.audit.trace import Flip
-from lightning_freeze.names import ModelIndex, some
+from lightning_freeze.engine.flags import can_train, is_batch_norm
+from lightning_freeze.model.index import ModelIndex, some
 
 Who = Callable[[str, str], str]
 

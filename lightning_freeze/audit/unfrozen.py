@@ -14,10 +14,10 @@ from lightning_freeze.audit.baseline import Baseline, Moment
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.gradients import Why
 from lightning_freeze.audit.numbers import all_zero, local
+from lightning_freeze.engine.optimizers import whole_groups
 from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.layers import LayerGroup, discover
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import whole_groups
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup, discover
 
 # a learning rate below this share of the scheduler's full one may be lost in rounding
 _WARM = 1e-4

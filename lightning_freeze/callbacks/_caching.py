@@ -15,9 +15,9 @@ from lightning_freeze.cache.prefix_cache import PrefixCache
 from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import RowStore
-from lightning_freeze.callbacks._session import session_of
 from lightning_freeze.callbacks._sharded import restores_late
-from lightning_freeze.sharded import is_sharded
+from lightning_freeze.callbacks.fit_state import session_of
+from lightning_freeze.engine.sharded import is_sharded
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _SELDOM = 0.1

@@ -9,15 +9,15 @@ from torch.nn.parameter import is_lazy
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._loggers import Loggers
-from lightning_freeze.callbacks._session import Session
-from lightning_freeze.labels import unique
-from lightning_freeze.optimizers import learning_rates
-from lightning_freeze.origin.find import find_origins
-from lightning_freeze.origin.frozen import never_learns
-from lightning_freeze.origin.states import Origins
-from lightning_freeze.report import Summary, rows_of
-from lightning_freeze.timeline import Moment
-from lightning_freeze.transitions import Transition, transition, transitions
+from lightning_freeze.callbacks.fit_state import Session
+from lightning_freeze.checkpoints.origin.find import find_origins
+from lightning_freeze.checkpoints.origin.frozen import never_learns
+from lightning_freeze.checkpoints.origin.states import Origins
+from lightning_freeze.engine.optimizers import learning_rates
+from lightning_freeze.report.labels import unique
+from lightning_freeze.report.summary import Summary, rows_of
+from lightning_freeze.report.timeline import Moment
+from lightning_freeze.report.transitions import Transition, transition, transitions
 
 # moments that are kept one by one; behind them one an epoch
 _MOST = 1000

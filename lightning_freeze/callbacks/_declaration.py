@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lightning_freeze.audit.declared import Declared
-from lightning_freeze.callbacks._session import Session
+from lightning_freeze.callbacks.fit_state import Session
 
 
 def declared_by(session: Session, ignored: Iterable[str]) -> Declared:

@@ -9,9 +9,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lightning_freeze.callbacks._metric import missing_metric
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.errors import ResumeError
-from lightning_freeze.schedule import MetricClock
+from lightning_freeze.schedule.schedule import MetricClock
 
 
 class Following:

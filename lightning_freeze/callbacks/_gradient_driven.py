@@ -10,13 +10,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.autofreeze import GradientClock
-from lightning_freeze.callbacks._freezing import FreezingCallback
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.callbacks.base import FreezingCallback
+from lightning_freeze.engine.distributed import from_all_ranks
+from lightning_freeze.engine.gradient_norms import GradientNorms
 from lightning_freeze.errors import ResumeError
-from lightning_freeze.gradient_norms import GradientNorms
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.schedule.autofreeze import GradientClock
+from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 _SAVED = ("interval", "previous", "frozen", "totals", "steps")
 

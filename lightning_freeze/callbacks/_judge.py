@@ -12,7 +12,7 @@ from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._papers import Papers
-from lightning_freeze.distributed import from_all_ranks, known_to_all, rank
+from lightning_freeze.engine.distributed import from_all_ranks, known_to_all, rank
 
 
 class Judge:

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_freeze.transitions import Transition
+from lightning_freeze.report.transitions import Transition
 
 _TAG = "freeze/transitions"
 # what takes the whole list each time gets it at each change up to here, then once an epoch

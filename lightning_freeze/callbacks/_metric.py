@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_freeze.callbacks._session import callbacks_of
+from lightning_freeze.callbacks.fit_state import callbacks_of
 from lightning_freeze.errors import ArgumentError
 
 # methods that run before training and may hand `self` on for other reasons than logging

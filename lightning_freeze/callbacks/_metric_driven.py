@@ -8,11 +8,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_freeze.arguments import one_of, whole
 from lightning_freeze.callbacks._following import Following
-from lightning_freeze.callbacks._freezing import FreezingCallback
 from lightning_freeze.callbacks._metric import missing_metric
-from lightning_freeze.distributed import from_all_ranks
+from lightning_freeze.callbacks.base import FreezingCallback
+from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.schedule import MetricClock, UnfreezeSchedule
+from lightning_freeze.schedule.schedule import MetricClock, UnfreezeSchedule
 
 
 class MetricDriven(FreezingCallback):

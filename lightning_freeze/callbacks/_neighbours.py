@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.scene import Average
-from lightning_freeze.callbacks._session import callbacks_of
+from lightning_freeze.callbacks.fit_state import callbacks_of
 
 # the hook in which each look is taken
 _HOOK = {

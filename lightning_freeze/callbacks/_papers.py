@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks.frozen_feature_cache import FrozenFeatureCache
+from lightning_freeze.checkpoints.files import write_json
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.files import write_json
 
 
 class Papers:

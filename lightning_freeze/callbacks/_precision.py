@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
+from lightning_freeze.engine.optimizers import OptimizerGroups, whole_groups
 from lightning_freeze.errors import ConflictError
-from lightning_freeze.optimizers import OptimizerGroups, whole_groups
 
 
 def scales(trainer: Trainer) -> bool:

@@ -18,9 +18,9 @@ from lightning.fabric.utilities.load import _METADATA_FILENAME
 from lightning.pytorch import Trainer
 
 from lightning_freeze.digests import digests
-from lightning_freeze.distributed import from_all_ranks, together
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import OptimizerGroups
+from lightning_freeze.engine.distributed import from_all_ranks, together
+from lightning_freeze.engine.optimizers import OptimizerGroups
+from lightning_freeze.model.index import ModelIndex
 
 
 def restores_late(trainer: Trainer) -> bool:

@@ -7,10 +7,10 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.origin.find import find_origins
-from lightning_freeze.origin.frozen import untouched
-from lightning_freeze.schedule import UnfreezeSchedule
+from lightning_freeze.checkpoints.origin.find import find_origins
+from lightning_freeze.checkpoints.origin.frozen import untouched
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 
 def warn_blocked(schedules: Mapping[str, UnfreezeSchedule], by_hand: frozenset[str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Union
 
-from lightning_freeze.entries import from_yaml, parse_schedule, read_schedule
 from lightning_freeze.errors import ScheduleError
+from lightning_freeze.schedule.entries import from_yaml, parse_schedule, read_schedule
 
 
 class Schedule:

@@ -10,16 +10,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, positive, whole
-from lightning_freeze.callbacks._freezing import FreezingCallback, key_of
+from lightning_freeze.callbacks.base import FreezingCallback, key_of
+from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.errors import ArgumentError, ConflictError
-from lightning_freeze.layers import Anatomy, LayerGroup, backbone_at, discover
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.preview import SchedulePreview
-from lightning_freeze.report import groups_or_children
-from lightning_freeze.schedule import Stage, UnfreezeSchedule
-from lightning_freeze.selectors import as_selectors, select
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import Anatomy, LayerGroup, backbone_at, discover
+from lightning_freeze.model.selectors import as_selectors, select
+from lightning_freeze.report.preview import SchedulePreview
+from lightning_freeze.report.summary import groups_or_children
+from lightning_freeze.schedule.schedule import Stage, UnfreezeSchedule
 
 _DEFAULTS: dict[str, Any] = {
     "backbone": None,

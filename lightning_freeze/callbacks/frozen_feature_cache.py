@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
 from lightning_freeze.callbacks._copies import own_state
-from lightning_freeze.callbacks._session import session_of
+from lightning_freeze.callbacks.fit_state import session_of
 from lightning_freeze.errors import ArgumentError
 
 if TYPE_CHECKING:

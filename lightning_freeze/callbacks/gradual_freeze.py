@@ -11,18 +11,18 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.arguments import call_of, one_of, whole
-from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._gradient_driven import GradientDriven
 from lightning_freeze.callbacks._written import Schedule, as_configured
-from lightning_freeze.entries import Entry
+from lightning_freeze.callbacks.base import key_of
 from lightning_freeze.errors import ArgumentError, DiscoveryError
-from lightning_freeze.freezing import freeze_entries, freeze_groups, parse_freezing
-from lightning_freeze.layers import LayerGroup, groups_of, select_or_group
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.preview import SchedulePreview
-from lightning_freeze.report import groups_or_children
-from lightning_freeze.schedule import UnfreezeSchedule
-from lightning_freeze.selectors import as_selectors
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup, groups_of, select_or_group
+from lightning_freeze.model.selectors import as_selectors
+from lightning_freeze.report.preview import SchedulePreview
+from lightning_freeze.report.summary import groups_or_children
+from lightning_freeze.schedule.entries import Entry
+from lightning_freeze.schedule.freezing import freeze_entries, freeze_groups, parse_freezing
+from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 Written = Union[Mapping[Any, Any], str, "os.PathLike[str]", Schedule, None]
 

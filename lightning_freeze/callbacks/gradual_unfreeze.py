@@ -10,22 +10,22 @@ from typing import Any, Literal, Union
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lightning_freeze.apply import is_batch_norm
 from lightning_freeze.arguments import call_of, one_of, positive, whole
-from lightning_freeze.callbacks._freezing import key_of
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule, as_configured
-from lightning_freeze.discovery.adapters import adapter_names
-from lightning_freeze.entries import Entry, parse_schedule
+from lightning_freeze.callbacks.base import key_of
+from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.errors import ArgumentError, DiscoveryError
-from lightning_freeze.layers import LayerGroup, discover, groups_of, select_or_group
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.patterns import AllAtOnce, OneByOne, RandomLayers
-from lightning_freeze.preview import SchedulePreview
-from lightning_freeze.report import groups_or_children
-from lightning_freeze.schedule import UnfreezeSchedule, from_entries, from_groups
-from lightning_freeze.selectors import Selector, as_selectors, select
+from lightning_freeze.model.discovery.adapters import adapter_names
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup, discover, groups_of, select_or_group
+from lightning_freeze.model.selectors import Selector, as_selectors, select
+from lightning_freeze.report.preview import SchedulePreview
+from lightning_freeze.report.summary import groups_or_children
+from lightning_freeze.schedule.entries import Entry, parse_schedule
+from lightning_freeze.schedule.rules import AllAtOnce, OneByOne, RandomLayers
+from lightning_freeze.schedule.schedule import UnfreezeSchedule, from_entries, from_groups
 
 Written = Union[Mapping[Any, Any], str, "os.PathLike[str]", Schedule, None]
 Pattern = Union[AllAtOnce, OneByOne, RandomLayers]

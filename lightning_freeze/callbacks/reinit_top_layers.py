@@ -9,18 +9,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_freeze import renewed
 from lightning_freeze.arguments import call_of, whole
-from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._copies import own_state
-from lightning_freeze.callbacks._freezing import by_tuner, check_layout, key_of, saved_state
-from lightning_freeze.distributed import check_supported, from_all_ranks, together
+from lightning_freeze.callbacks.base import by_tuner, check_layout, key_of, saved_state
+from lightning_freeze.engine import reinitialized as renewed
+from lightning_freeze.engine.distributed import check_supported, from_all_ranks, together
+from lightning_freeze.engine.optimizers import forget
+from lightning_freeze.engine.weights import Init, check_init, check_possible, reinit_names
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.layers import discover
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.optimizers import forget
-from lightning_freeze.reinit import Init, check_init, check_possible, reinit_names
-from lightning_freeze.selectors import as_selectors, describe, select
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import discover
+from lightning_freeze.model.selectors import as_selectors, describe, select
 
 
 class ReinitTopLayers(Callback):

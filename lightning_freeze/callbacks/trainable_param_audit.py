@@ -20,22 +20,22 @@ from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.resumed import Resumed
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.audit.unfrozen import left_out
-from lightning_freeze.callbacks import _session
+from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._chronicle import Chronicle
 from lightning_freeze.callbacks._copies import own_state
 from lightning_freeze.callbacks._declaration import declared_by
-from lightning_freeze.callbacks._freezing import by_tuner, check_layout, saved_state, start
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
-from lightning_freeze.distributed import from_all_ranks, together
-from lightning_freeze.html import audit_to_html
-from lightning_freeze.names import ModelIndex
-from lightning_freeze.report import groups_or_children
-from lightning_freeze.selectors import Selectors, as_selectors
-from lightning_freeze.timeline import Moment
+from lightning_freeze.callbacks.base import by_tuner, check_layout, saved_state, start
+from lightning_freeze.engine.distributed import from_all_ranks, together
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.selectors import Selectors, as_selectors
+from lightning_freeze.report.html import audit_to_html
+from lightning_freeze.report.summary import groups_or_children
+from lightning_freeze.report.timeline import Moment
 
 # with several ranks, what slices find is told when all of them come to the same step
 _STEPS_TO_AGREE = 50

@@ -47,8 +47,8 @@ def _weights_in(model: str) -> str | None:
 
 def run(arguments: Any) -> int:
     """Print it, and give the exit status."""
-    from lightning_freeze.files import write_json
-    from lightning_freeze.inspection import Inspection
+    from lightning_freeze.checkpoints.files import write_json
+    from lightning_freeze.report.inspection import Inspection
 
     check_target("--json", arguments.json)
     source = model_of(arguments, "inspect")

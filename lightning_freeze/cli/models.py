@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-    from lightning_freeze.sources import Source
+    from lightning_freeze.model.load import Source
 
 MODEL = """\
 MODEL is one of:
@@ -40,7 +40,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def model_of(arguments: Any, command: str) -> Source:
     """The model that a user named."""
     from lightning_freeze.errors import ArgumentError
-    from lightning_freeze.sources import find_model
+    from lightning_freeze.model.load import find_model
 
     if arguments.model is None:
         raise ArgumentError(

@@ -78,7 +78,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(arguments: Any) -> int:
     """Print the plan, and give the exit status."""
-    from lightning_freeze.files import write_json
+    from lightning_freeze.checkpoints.files import write_json
 
     callback = _callback(arguments)  # wrong arguments first: a model may take a while
     check_target("--yaml", arguments.yaml, replace=arguments.overwrite)
@@ -104,7 +104,7 @@ def run(arguments: Any) -> int:
 
 def _all_stages(callback: Any, model: Any) -> int:
     """The shortest run that reaches every stage."""
-    from lightning_freeze.names import ModelIndex
+    from lightning_freeze.model.index import ModelIndex
 
     schedule = callback.resolve(ModelIndex.of(model))
     return int(schedule.stages[-1].at) + 1 if schedule.unit == "epoch" else 1

@@ -30,7 +30,7 @@ def say(text: str) -> bool:
 
 def complain(text: str) -> None:
     """Print to stderr, if that is there and can be written to: the exit status says it as well."""
-    from lightning_freeze.verify.spelling import printable_lines
+    from lightning_freeze.checkpoints.verify.spelling import printable_lines
 
     if sys.stderr is None:  # or it would go to stdout
         return
@@ -82,7 +82,7 @@ def check_target(option: str, path: str | None, *, replace: bool = True) -> None
 
 def write(option: str, path: str, content: bytes) -> None:
     """Write a file, or say which option to change."""
-    from lightning_freeze.files import write_whole
+    from lightning_freeze.checkpoints.files import write_whole
 
     try:
         write_whole(path, content)

@@ -40,7 +40,7 @@ Anything else that a certificate records, such as no-gradient, is printed and do
 
 def epilog() -> str:
     """What the exit status means."""
-    from lightning_freeze.verify.certified import ABOUT_WEIGHTS
+    from lightning_freeze.checkpoints.verify.certified import ABOUT_WEIGHTS
 
     return _STATUS.format(codes=", ".join(sorted(ABOUT_WEIGHTS)))
 
@@ -72,8 +72,8 @@ def run(arguments: Any) -> int:
 
 
 def _verify(arguments: Any) -> Any:
-    from lightning_freeze.files import write_json
-    from lightning_freeze.verify.run import verify
+    from lightning_freeze.checkpoints.files import write_json
+    from lightning_freeze.checkpoints.verify.run import verify
 
     base, checkpoint = arguments.base, arguments.checkpoint
     if base is None:

@@ -7,7 +7,7 @@ import torch
 
 from lightning_freeze import FrozenWeightsChanged, SelectorError, assert_frozen
 from lightning_freeze.audit.declared import Declared, ignored_by
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
 from tests.audit.nets import frozen_net
 
 

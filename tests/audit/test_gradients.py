@@ -9,7 +9,7 @@ from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
 
 from lightning_freeze.audit.gradients import GradientWatch, Probe, of_all_held
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
 
 
 def watched(model: nn.Module, dead_after: int) -> tuple[GradientWatch, SGD]:

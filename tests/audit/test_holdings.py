@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import ChainedScheduler, LambdaLR, ReduceLROnPlate
 
 from lightning_freeze import freeze
 from lightning_freeze.audit.holdings import check_optimizers, hidden
-from lightning_freeze.layers import LayerGroup
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup
 from tests.audit.nets import Net, frozen_net, only
 
 

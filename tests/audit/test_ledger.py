@@ -14,7 +14,7 @@ from lightning_freeze import freeze
 from lightning_freeze.audit.ledger import Declared, Ledger
 from lightning_freeze.audit.scene import Average, Scene
 from lightning_freeze.fingerprint import fingerprint
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
 from tests.audit.nets import Net, around, codes, frozen_net, look, only, step, tied
 
 

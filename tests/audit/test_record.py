@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.record import Record
-from lightning_freeze.timeline import Moment
+from lightning_freeze.report.timeline import Moment
 
 
 def found(*names: str, code: str = "frozen-changed", cause: str = "") -> Finding:

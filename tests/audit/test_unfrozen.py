@@ -17,8 +17,8 @@ from lightning_freeze.audit.unfrozen import (
     not_moved,
     without_gradient,
 )
-from lightning_freeze.layers import LayerGroup
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import LayerGroup
 from tests.audit.nets import Net, only
 
 GROUPS = [

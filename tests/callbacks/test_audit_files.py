@@ -16,7 +16,7 @@ from lightning_freeze import FreezeBackbone, FrozenWeightsChanged, TrainablePara
 from lightning_freeze.callbacks import _papers
 from lightning_freeze.callbacks._papers import check_writable
 from lightning_freeze.callbacks.reinit_top_layers import ReinitTopLayers
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from lightning_freeze.errors import ArgumentError
 from tests.catalogue.harness import Do, audited
 from tests.ranks.fits import OwnData

@@ -22,7 +22,7 @@ from lightning_freeze import (
     TrainableParamAudit,
     fingerprint,
 )
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from lightning_freeze.cli import main
 from lightning_freeze.errors import ArgumentError
 from tests.catalogue.harness import Do, audited, codes, one

@@ -8,12 +8,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_freeze import (
-    FreezeBackbone,
-    GradualUnfreeze,
-    ReinitTopLayers,
-    TrainableParamAudit,
-)
+from lightning_freeze import FreezeBackbone, GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
 from tests.toys import Toy, changed, loader, seeded, state, trainable, trainer
 
 

@@ -9,12 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze import (
-    FreezeBackbone,
-    GradualUnfreeze,
-    TrainableParamAudit,
-    UnsupportedError,
-)
+from lightning_freeze import FreezeBackbone, GradualUnfreeze, TrainableParamAudit, UnsupportedError
 from tests.toys import Toy, changed, loader, seeded, state, trainable, trainer
 
 

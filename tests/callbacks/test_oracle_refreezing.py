@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_freeze import ConflictError, GradualUnfreeze, ResumeError, TrainableParamAudit
-from lightning_freeze.patterns import RandomLayers
+from lightning_freeze.schedule.rules import RandomLayers
 from tests.callbacks.recipes import OPTIMIZERS
 from tests.callbacks.test_oracle_resume import assert_equal, everything
 from tests.toys import (

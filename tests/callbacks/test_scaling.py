@@ -24,12 +24,12 @@ from lightning_freeze import (
     GradualUnfreeze,
     TrainableParamAudit,
 )
-from lightning_freeze.apply import Applier, quiet_modules
-from lightning_freeze.callbacks._session import session_of
-from lightning_freeze.discovery import rules
-from lightning_freeze.names import Members, ModelIndex
-from lightning_freeze.optimizers import OptimizerGroups
-from lightning_freeze.plan import FreezePlan
+from lightning_freeze.callbacks.fit_state import session_of
+from lightning_freeze.engine.flags import Applier, quiet_modules
+from lightning_freeze.engine.optimizers import OptimizerGroups
+from lightning_freeze.model.discovery import rules
+from lightning_freeze.model.index import Members, ModelIndex
+from lightning_freeze.schedule.plan import FreezePlan
 from tests.toys import Toy, loader, trainer
 
 

@@ -27,7 +27,7 @@ from lightning_freeze import (
     freeze,
     summarize,
 )
-from lightning_freeze.distributed import check_supported
+from lightning_freeze.engine.distributed import check_supported
 from tests.catalogue.harness import Do, audited, row
 from tests.toys import Backbone, Toy, changed, loader, seeded, state, trainable, trainer
 from tests.zoo import tiny_bert_lm

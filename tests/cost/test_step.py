@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_freeze import layer_groups
-from lightning_freeze.cost import repeats, step_cost
+from lightning_freeze.report.cost import repeats, step_cost
 from tests.cost.counted import linears_by_hand, really_counted, state_of
 from tests.toys import Toy
 from tests.zoo import TRANSFORMERS, tiny_bert
@@ -379,7 +379,7 @@ def test_gradient_checkpointing_is_counted_with_what_it_recomputes(
     ids = torch.ones(1, 128, dtype=torch.long)
     assert list(found.stages) == really_counted(model, stages, lambda: model(ids).logits)
     assert (found.full or 0) > 1.3 * plain
-    monkeypatch.setattr("lightning_freeze.cost.step.PATIENCE", 1e-9)
+    monkeypatch.setattr("lightning_freeze.report.cost.step.PATIENCE", 1e-9)
     hurried = step_cost(model, stages)
     assert hurried.full is None
     assert "Preview fewer stages, or without gradient checkpointing" in hurried.notes[0]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_freeze.discovery.anatomy import Anatomy, LayerGroup
 from lightning_freeze.errors import FreezeError
-from lightning_freeze.layers import discover
-from lightning_freeze.names import ModelIndex
+from lightning_freeze.model.discovery.anatomy import Anatomy, LayerGroup
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.layer_groups import discover
 
 
 @dataclass(frozen=True)

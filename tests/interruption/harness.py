@@ -20,8 +20,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_freeze import GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
-from lightning_freeze.certificate import read_certificate
-from lightning_freeze.verify.run import verify
+from lightning_freeze.checkpoints.certificate import read_certificate
+from lightning_freeze.checkpoints.verify.run import verify
 from tests.callbacks.recipes import configure
 from tests.callbacks.test_oracle_resume import everything
 from tests.interruption.processes import start_process

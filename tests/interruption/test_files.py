@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lightning_freeze import files
-from lightning_freeze.files import write_json
+from lightning_freeze.checkpoints import files
+from lightning_freeze.checkpoints.files import write_json
 from tests.interruption.processes import run_in_a_process
 
 NAMES = ("fsync", "chmod", "replace")

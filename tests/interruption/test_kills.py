@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from tests.callbacks.test_oracle_resume import assert_equal
 from tests.interruption.harness import (
     BATCH,

@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_freeze import GradualUnfreeze, ReinitTopLayers, apply, files, optimizers
-from lightning_freeze.callbacks import _session
+from lightning_freeze import GradualUnfreeze, ReinitTopLayers
+from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._following import Following
-from lightning_freeze.callbacks._freezing import FreezingCallback
+from lightning_freeze.callbacks.base import FreezingCallback
 from lightning_freeze.callbacks.trainable_param_audit import TrainableParamAudit
-from lightning_freeze.layout import Layout
+from lightning_freeze.checkpoints import files
+from lightning_freeze.engine import flags as apply
+from lightning_freeze.engine import optimizers
+from lightning_freeze.engine.layout import Layout
 from tests.callbacks.test_oracle_resume import assert_equal
 from tests.catalogue.harness import Do
 from tests.interruption.harness import Place, check_files, fit, one_life, outcome, prepared

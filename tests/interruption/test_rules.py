@@ -24,7 +24,7 @@ from lightning_freeze import (
     ResumeError,
     TrainableParamAudit,
 )
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from tests.toys import Toy, changed, loader, same, seeded, state, trainable, trainer
 
 STAYS_FROZEN = "ignore:.*random values, but they stay frozen"

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lightning_freeze import summarize
-from lightning_freeze.report import Summary
+from lightning_freeze.report.summary import Summary
 
 
 def states(model: nn.Module, origin: Any = None) -> dict[str, str]:

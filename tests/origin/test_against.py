@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_freeze import reinit, summarize
 from lightning_freeze.errors import ArgumentError, VerifyError
-from lightning_freeze.report import Row
+from lightning_freeze.report.summary import Row
 from tests.goldens import assert_golden
 from tests.origin.asking import counts, new_ones, of, states
 from tests.toys import Toy, loader, seeded, trainer

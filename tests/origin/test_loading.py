@@ -11,8 +11,8 @@ from torch import nn
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from lightning_freeze import summarize
+from lightning_freeze.checkpoints.origin.loading import as_info
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.origin.loading import as_info
 from tests.origin.asking import new_ones, of, states
 from tests.zoo import tiny_bert
 

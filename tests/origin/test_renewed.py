@@ -12,8 +12,8 @@ import transformers as t
 from torch import nn
 
 from lightning_freeze import ReinitTopLayers, reinit, summarize
+from lightning_freeze.engine.reinitialized import _fresh
 from lightning_freeze.errors import ReinitError
-from lightning_freeze.renewed import _fresh
 from tests.origin.asking import states
 from tests.toys import Toy, loader, seeded, trainer
 from tests.verify.files import save

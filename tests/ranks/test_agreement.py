@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, TrainableParamAudit
-from lightning_freeze.distributed import agree
+from lightning_freeze.engine.distributed import agree
 from tests.catalogue.harness import Do
 from tests.ranks.fits import EPOCHS, OwnData, fit, sgd
 from tests.ranks.processes import Outcome, on_ranks

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 
 from lightning_freeze import FreezeBackbone, GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
-from lightning_freeze.distributed import from_all_ranks, together
+from lightning_freeze.engine.distributed import from_all_ranks, together
 from tests.ranks.fits import OwnData, fit, sgd
 from tests.ranks.processes import on_ranks
 
@@ -35,7 +35,7 @@ def breaks(owner: Any, name: str, nth: int = 1) -> Any:
 
 def breaks_switch(rank: int) -> list[Any]:
     """The optimizer of rank 1 fails at the second change of what trains."""
-    from lightning_freeze.optimizers import OptimizerGroups
+    from lightning_freeze.engine.optimizers import OptimizerGroups
 
     if rank:
         breaks(OptimizerGroups, "sync", nth=2)

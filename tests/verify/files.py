@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_freeze import FreezeBackbone, fingerprint
-from lightning_freeze.certificate import Certificate, Certified
+from lightning_freeze.checkpoints.certificate import Certificate, Certified
 from tests.toys import Toy, loader, seeded, state, trainer
 
 State = Mapping[str, Tensor]

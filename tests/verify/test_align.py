@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_freeze import VerifyError
-from lightning_freeze.verify.align import CERTIFICATE, Shapes, align, check_stacks
+from lightning_freeze.checkpoints.verify.align import CERTIFICATE, Shapes, align, check_stacks
 
 MODEL: dict[str, tuple[int, ...]] = {
     "embed.weight": (50, 8),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lightning_freeze import __version__
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from lightning_freeze.cli import main
 from tests.test_architecture import loaded_by
 from tests.verify.files import Run, save, write_certificate
@@ -225,7 +225,7 @@ def test_a_mistake_of_ours_does_not_look_like_changed_weights(
     def broken(*_: Any) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr("lightning_freeze.verify.run.identical", broken)
+    monkeypatch.setattr("lightning_freeze.checkpoints.verify.run.identical", broken)
     fails(capsys, ["verify", run.base, run.base], "unexpected KeyError: 'oops'. Please report it")
 
 
@@ -327,7 +327,7 @@ def test_a_terminal_without_lines_to_draw_still_gets_the_words(run: Run) -> None
 
 def test_importing_the_package_or_the_command_loads_nothing_that_only_some_need() -> None:
     loaded = loaded_by(
-        "import lightning_freeze, lightning_freeze.cli, lightning_freeze.certificate"
+        "import lightning_freeze, lightning_freeze.cli, lightning_freeze.checkpoints.certificate"
     )
     assert "torch" in loaded
     assert not loaded & {"jsonargparse", "rich", "safetensors", "lightning"}

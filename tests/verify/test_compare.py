@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_freeze.verify import compare
-from lightning_freeze.verify.compare import converted, identical, largest_difference
+from lightning_freeze.checkpoints.verify import compare
+from lightning_freeze.checkpoints.verify.compare import converted, identical, largest_difference
 
 DTYPES = [
     torch.float64,

@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from lightning_freeze.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import read_certificate
 from lightning_freeze.cli import main
 from tests.toys import same
 from tests.verify.files import Run, save

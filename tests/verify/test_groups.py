@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_freeze.verify.groups import group_names, in_natural_order, stacks
+from lightning_freeze.checkpoints.verify.groups import group_names, in_natural_order, stacks
 from tests.zoo import TRANSFORMERS
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_freeze import VerifyError
-from lightning_freeze.verify.weights import open_weights
+from lightning_freeze.checkpoints.verify.weights import open_weights
 from tests.verify.files import Run, save
 from tests.verify.test_weights import STATE, shards_of_torch
 

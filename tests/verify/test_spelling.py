@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_freeze.verify.spelling import printable, printable_lines, tidy
+from lightning_freeze.checkpoints.verify.spelling import printable, printable_lines, tidy
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,11 @@ from transformers import BertForSequenceClassification
 
 from lightning_freeze import ArgumentError, VerifyError, fingerprint
 from lightning_freeze.audit.findings import CODES
-from lightning_freeze.certificate import read_certificate
-from lightning_freeze.verify.certified import ABOUT_WEIGHTS
-from lightning_freeze.verify.groups import group_names
-from lightning_freeze.verify.result import Verification
-from lightning_freeze.verify.run import verify
+from lightning_freeze.checkpoints.certificate import read_certificate
+from lightning_freeze.checkpoints.verify.certified import ABOUT_WEIGHTS
+from lightning_freeze.checkpoints.verify.groups import group_names
+from lightning_freeze.checkpoints.verify.result import Verification
+from lightning_freeze.checkpoints.verify.run import verify
 from tests.goldens import assert_golden
 from tests.verify.files import Run, certificate, certified, save, write_certificate
 from tests.verify.test_compare import flipped

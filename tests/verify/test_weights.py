@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from lightning_freeze import VerifyError
-from lightning_freeze.verify.weights import Spec, open_weights
+from lightning_freeze.checkpoints.verify.weights import Spec, open_weights
 from tests.toys import same
 from tests.verify.files import Run, save
 

@@ -1,0 +1,1 @@
+"""The only writers: flags, weights, optimizers, ranks."""

@@ -1,0 +1,335 @@
+"""The only writer of `requires_grad`, `.grad` and train/eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.selectors import Selectors, select
+from lightning_freeze.schedule.plan import FreezePlan
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+# What a plan switched off, so that a later fit can tell it from what the user froze.
+_frozen_by_plan: Any = WeakTensorKeyDictionary()
+_mode_before: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def can_train(parameter: nn.Parameter) -> bool:
+    """Whether torch lets this tensor require a gradient: quantised integers can't."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) -> tuple[str, ...]:
+    """Freeze what `selectors` match: no gradient, and eval mode where a module is wholly frozen.
+
+    Args:
+        model: any module; it is changed in place.
+        selectors: paths, globs, `re:` expressions or callables; see `lightning_freeze.selectors`.
+        eval_mode: also put modules of which nothing trains any more into eval mode, without which
+            dropout stays on and batch-norm statistics go on moving. ``model.train()`` undoes
+            that: call `freeze` after it.
+
+    Returns:
+        The names of the parameters that are frozen now by this call.
+
+    Raises:
+        SelectorError: a selector matches nothing; the model is left as it was.
+
+    Example:
+        >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        >>> freeze(model, "backbone")
+        ('backbone.weight', 'backbone.bias')
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['head.weight', 'head.bias']
+    """
+    index = ModelIndex.of(model)
+    names = select(index, selectors)
+    _set_flags(index, names, trains=False, by_plan=False)
+    if eval_mode:
+        off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
+        chosen = frozenset(names)
+        for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off)):
+            inside = index.within(index.modules[path])
+            if not inside or chosen.intersection(inside):
+                _set_mode(index.modules[path], train=False)
+    return names
+
+
+def unfreeze(model: nn.Module, selectors: Selectors) -> tuple[str, ...]:
+    """Let what `selectors` match train again, and give back the modes that `freeze` changed.
+
+    A parameter that was frozen when the optimizer was made may be missing from it: see
+    `summarize(model, optimizer)`.
+
+    Args:
+        model: any module; it is changed in place.
+        selectors: paths, globs, `re:` expressions or callables; `"**"` for everything.
+
+    Returns:
+        The names of the parameters that train now by this call. Integer tensors can't.
+
+    Raises:
+        SelectorError: a selector matches nothing; the model is left as it was.
+
+    Example:
+        >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        >>> _ = freeze(model, "**")
+        >>> unfreeze(model, "head")
+        ('head.weight', 'head.bias')
+    """
+    index = ModelIndex.of(model)
+    names = tuple(n for n in select(index, selectors) if can_train(index.parameters[n]))
+    _set_flags(index, names, trains=True, by_plan=False)
+    off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
+    quiet = {id(index.modules[p]) for p in quiet_modules(index, FreezePlan(off, off))}
+    for module in index.modules.values():
+        if module in _mode_before and id(module) not in quiet:
+            module.training = _mode_before.pop(module)
+    return names
+
+
+def frozen_by_user(index: ModelIndex) -> frozenset[str]:
+    """Names that are frozen, but not because an earlier plan of ours froze them."""
+    return frozenset(
+        name
+        for name, parameter in index.parameters.items()
+        if not parameter.requires_grad and parameter not in _frozen_by_plan
+    )
+
+
+def release(index: ModelIndex, claimed: Iterable[str] = ()) -> None:
+    """Before a fit: undo what an earlier plan froze, and let what a selector claims train.
+
+    Then a `configure_optimizers` that filters on `requires_grad` sees all that will ever train.
+    """
+    names = [name for name, p in index.parameters.items() if p in _frozen_by_plan]
+    names += [name for name in claimed if can_train(index.parameters[name])]
+    _set_flags(index, names, trains=True, by_plan=True)
+    for module in index.modules.values():
+        if module in _mode_before:
+            module.training = _mode_before.pop(module)
+
+
+def _set_flags(index: ModelIndex, names: Iterable[str], *, trains: bool, by_plan: bool) -> None:
+    for name in names:
+        parameter = index.parameters[name]
+        if not trains:
+            if by_plan and parameter.requires_grad:
+                _frozen_by_plan[parameter] = True
+            parameter.grad = None
+        if trains or not by_plan:
+            _frozen_by_plan.pop(parameter, None)
+        if parameter.requires_grad != trains:
+            parameter.requires_grad = trains
+
+
+def _set_mode(module: nn.Module, *, train: bool) -> None:
+    # the attribute, not .train(): that recurses, and users override it
+    if module.training != train:
+        _mode_before.setdefault(module, module.training)
+        module.training = train
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """True for BatchNorm and SyncBatchNorm of any dimension, and subclasses."""
+    return isinstance(module, _BATCH_NORM)
+
+
+def quiet_modules(index: ModelIndex, plan: FreezePlan) -> list[str]:
+    """Paths of the modules that belong in eval mode under a plan.
+
+    A module does if all parameters under it are frozen, those of lively batch-norms aside, and so
+    does everything below such a module; a lively batch-norm only if it is frozen itself.
+    """
+    lively = {
+        name
+        for path in plan.lively
+        if path in index.modules
+        for name in index.within(index.modules[path])
+    } - plan.frozen  # what of them is frozen counts
+    quiet: dict[str, None] = {}
+    apart = index.held(lively) if lively else repeat(("", 0, 0))
+    for (path, inside, hushed), (_, _, own) in zip(index.held(plan.quiet - lively), apart):
+        if path in plan.lively:
+            frozen = bool(inside) and plan.quiet.issuperset(index.within(index.modules[path]))
+        elif inside > own:
+            frozen = hushed == inside - own
+        else:
+            frozen = _parent_in(path, quiet)
+        if frozen:
+            quiet[path] = None
+    return list(quiet)
+
+
+def _parent_in(path: str, quiet: Container[str]) -> bool:
+    return bool(path) and path.rpartition(".")[0] in quiet
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Flags and modes of a model, and who set them, to go back to when a fit is refused."""
+
+    flags: Mapping[str, bool]
+    modes: Mapping[str, bool]
+    by_plan: frozenset[str]
+    mode_before: Mapping[str, bool]
+
+    @classmethod
+    def of(cls, index: ModelIndex) -> Snapshot:
+        """Remember the flags and modes of a model."""
+        return cls(
+            {name: p.requires_grad for name, p in index.parameters.items()},
+            {path: module.training for path, module in index.modules.items()},
+            frozenset(name for name, p in index.parameters.items() if p in _frozen_by_plan),
+            {path: _mode_before[m] for path, m in index.modules.items() if m in _mode_before},
+        )
+
+    def restore(self, index: ModelIndex) -> None:
+        """Put them back."""
+        for name, flag in self.flags.items():
+            if name not in index.parameters:
+                continue
+            parameter = index.parameters[name]
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag
+            _frozen_by_plan.pop(parameter, None)
+            if name in self.by_plan:
+                _frozen_by_plan[parameter] = True
+        for path, mode in self.modes.items():
+            if path not in index.modules:
+                continue
+            module = index.modules[path]
+            module.training = mode
+            _mode_before.pop(module, None)
+            if path in self.mode_before:
+                _mode_before[module] = self.mode_before[path]
+
+
+class _Guard:
+    """Has modes reasserted where a frozen module is entered; in copies of the model, nothing."""
+
+    def __init__(self, applier: Applier | None = None) -> None:
+        self._applier = applier
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """A frozen module is entered."""
+        if module.training and self._applier is not None:
+            self._applier.reassert()
+
+    def __reduce__(self) -> Any:
+        return _Guard, ()
+
+
+class Applier:
+    """Applies plans to one model during one fit, and keeps frozen modules in eval mode.
+
+    Attributes:
+        index: the model.
+        woken: paths of the modules that were left in eval although they train, and that were put
+            in train mode.
+    """
+
+    def __init__(self, index: ModelIndex, trained: Iterable[str]) -> None:
+        """Start on a model.
+
+        Args:
+            index: the model.
+            trained: names that will train at some time in this fit and that an optimizer holds.
+        """
+        self.index = index
+        self.woken = self._wake(frozenset(trained))
+        self._original = {id(m): m.training for m in index.modules.values()}
+        self._quiet: list[nn.Module] = []
+        self._marked: frozenset[str] | None = None  # what may be noted as frozen by a plan
+        self._guards: list[RemovableHandle] = []
+
+    def _wake(self, trained: frozenset[str]) -> tuple[str, ...]:
+        """Undo the eval mode in which `from_pretrained` leaves a model.
+
+        Only whole containers: a single batch-norm or dropout in eval was somebody's decision.
+        """
+        modules = self.index.modules
+        asleep = {path for path, module in modules.items() if not module.training}
+        woken: set[str] = set()
+        for path in asleep:
+            top = path
+            while top and top.rpartition(".")[0] in asleep:
+                top = top.rpartition(".")[0]
+            if not any(True for _ in modules[top].children()):
+                continue
+            holder = path
+            while holder and not self.index.holds(modules[holder]):
+                holder = holder.rpartition(".")[0]
+            if not trained.isdisjoint(self.index.within(modules[holder])):
+                woken.add(path)
+        for path in woken:
+            modules[path].training = True
+        return tuple(path for path in modules if path in woken)
+
+    def apply(self, plan: FreezePlan) -> bool:
+        """Make the model what the plan says; doing it twice changes nothing.
+
+        Returns:
+            Whether any flag changed.
+        """
+        frozen, marked = plan.frozen, self._marked
+        off: list[str] = []
+        on: list[str] = []
+        changed = False
+        for name, parameter in self.index.parameters.items():
+            trains = parameter.requires_grad
+            if name in frozen:
+                changed |= trains
+                if trains or parameter.grad is not None:
+                    off.append(name)
+            elif (not trains or marked is None or name in marked) and can_train(parameter):
+                changed |= not trains
+                on.append(name)
+        _set_flags(self.index, off, trains=False, by_plan=True)
+        _set_flags(self.index, on, trains=True, by_plan=True)
+        self._marked = frozen
+        paths = quiet_modules(self.index, plan)
+        quiet = [self.index.modules[path] for path in paths]
+        kept = {id(module) for module in quiet}
+        for module in self._quiet:
+            if id(module) not in kept:
+                module.training = self._original[id(module)]
+                _mode_before.pop(module, None)
+        self._quiet = quiet
+        self.reassert()
+        known = set(paths)
+        self._guard([path for path in paths if not _parent_in(path, known)])
+        return changed
+
+    def reassert(self) -> None:
+        """Put frozen modules back in eval mode if somebody called ``train()``."""
+        for module in self._quiet:
+            if module.training:
+                _set_mode(module, train=False)
+
+    @property
+    def quiet(self) -> list[nn.Module]:
+        """The modules that are kept in eval mode at present."""
+        return self._quiet
+
+    def _guard(self, roots: list[str]) -> None:
+        """Reassert when a frozen module is entered: ``train()`` may be called inside a step."""
+        self.stop()
+
+        guard = _Guard(self)
+        self._guards = [self.index.modules[r].register_forward_pre_hook(guard) for r in roots]
+
+    def stop(self) -> None:
+        """Take the guards off the model."""
+        for handle in self._guards:
+            handle.remove()
+        self._guards = []

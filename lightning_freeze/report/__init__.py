@@ -1,0 +1,1 @@
+"""Facts -> totals -> text, HTML, pictures."""

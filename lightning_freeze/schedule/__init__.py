@@ -1,0 +1,1 @@
+"""(epoch, step) -> what trains; no torch, no model."""
