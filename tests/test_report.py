@@ -13,7 +13,7 @@ from lightning_freeze import freeze, summarize
 from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.model.index import ModelIndex
-from lightning_freeze.report.summary import Summary, groups_or_children, to_text
+from lightning_freeze.report.summary import Summary, groups_or_children, rows_of, to_text
 from tests.goldens import assert_golden
 from tests.zoo import tiny_bert, tiny_bert_lm
 
@@ -60,21 +60,20 @@ def test_table_with_an_optimizer_has_learning_rates_and_tells_what_it_leaves_out
     assert_golden("report/bert-one-tensor-in-optimizer.txt", str(summarize(model, optimizer)))
 
 
-def test_table_of_split_groups_has_a_learning_rate_for_each() -> None:
+def test_table_with_rates_shows_what_each_group_trains_at() -> None:
     model = tiny_bert(3).train()
     index = ModelIndex.of(model)
     groups = groups_or_children(index)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    layer_group = {name: group.name for group in groups for name in group.parameters}
     scale = {
         name: 0.5 ** (len(groups) - 1 - position)
         for position, group in enumerate(groups)
         for name in group.parameters
     }
-    split = OptimizerGroups(index, [optimizer], [], layer_group, scale)
-    frozen = freeze(model, ["bert.embeddings", "layer.0"])
-    split.sync(frozenset(frozen))
-    assert_golden("report/bert-split-groups.txt", str(summarize(model, optimizer)))
+    held = OptimizerGroups(index, [optimizer], scale)
+    held.sync(frozenset(freeze(model, ["bert.embeddings", "layer.0"])))
+    rows = rows_of(index, groups, [optimizer], rates=held.rates())
+    assert_golden("report/bert-split-groups.txt", str(Summary(rows)))
 
 
 # Facts and totals

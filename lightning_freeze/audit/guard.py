@@ -25,7 +25,7 @@ from lightning_freeze.audit.switches import by_batch
 from lightning_freeze.audit.trace import START, Trace
 from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.engine.flags import is_batch_norm
-from lightning_freeze.engine.optimizers import listed
+from lightning_freeze.engine.optimizers import ids_held, listed
 from lightning_freeze.errors import ArgumentError, FrozenWeightsChanged
 from lightning_freeze.model.index import ModelIndex, some
 from lightning_freeze.model.selectors import Selectors
@@ -163,7 +163,8 @@ def audit_parameters(model: nn.Module, optimizers: Any = ()) -> list[Finding]:
         for p in group["params"]
         if id(p) in index.name_of
     )
-    omitted = left_out(index, groups, found, managed=False) if found else frozenset()
+    ids = set[int]().union(*map(ids_held, found))
+    omitted = left_out(index, groups, ids, managed=False) if found else frozenset()
     seen = check_optimizers(
         index, trains, found, (), lambda name: name not in omitted, groups=groups
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +35,14 @@ class Resumed:
         fresh = frozenset(n for n, entry in certificate.frozen.items() if entry.reinitialised)
         return cls(certificate, frozenset(state.get("trainable", ())), fresh)
 
-    def check(self, run: AuditRun) -> list[Seen]:
-        """Compare with a run that has just begun, which then knows since when it is frozen."""
-        return self._set(run) + self._bytes(run)
+    def check(self, run: AuditRun, governed: Collection[str] = ()) -> list[Seen]:
+        """Compare with a run that has just begun, which then knows since when it is frozen.
+
+        Args:
+            run: has the model.
+            governed: names that callbacks freeze and unfreeze; those may have another schedule.
+        """
+        return self._set(run, governed) + self._bytes(run)
 
     def _bytes(self, run: AuditRun) -> list[Seen]:
         baseline = run.ledger.baseline
@@ -63,11 +68,12 @@ class Resumed:
             )
         ]
 
-    def _set(self, run: AuditRun) -> list[Seen]:
+    def _set(self, run: AuditRun, governed: Collection[str]) -> list[Seen]:
         certified = self.certificate.frozen.items()
         frozen = {name for name, tensor in certified if tensor.kind == "parameter"}
         frozen -= self.trainable
-        now = run.ledger.index.parameters
+        parameters = run.ledger.index.parameters
+        now = {name: p for name, p in parameters.items() if name not in governed}
         lost = [name for name, p in now.items() if p.requires_grad and name in frozen]
         gained = [name for name, p in now.items() if not p.requires_grad and name in self.trainable]
         cause = "This run freezes otherwise than the one that wrote the checkpoint"

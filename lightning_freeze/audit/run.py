@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter
@@ -68,6 +68,7 @@ class AuditRun:
         who: Callable[[str, str], str] = nobody,
         reduced: Callable[[], Collection[str]] = tuple,
         batches_per_step: Callable[[], int] = int,
+        rates: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         """Take the model down.
 
@@ -87,7 +88,9 @@ class AuditRun:
             reduced: gives names of what DistributedDataParallel gives a gradient.
             batches_per_step: gives the number of batches after which an optimizer steps; 0 where
                 nobody knows.
+            rates: gives name -> learning rate.
         """
+        self.rates = rates
         self._reduced = reduced
         self._batches_per_step = batches_per_step
         self._idle = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from lightning_freeze.audit.baseline import Baseline, Moment
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.gradients import Why
 from lightning_freeze.audit.numbers import all_zero, local
-from lightning_freeze.engine.optimizers import whole_groups
 from lightning_freeze.errors import DiscoveryError
 from lightning_freeze.model.index import ModelIndex
 from lightning_freeze.model.layer_groups import LayerGroup, discover
@@ -253,7 +252,7 @@ def _step_size(gradient: Tensor, state: Mapping[str, Any], lr: float) -> Tensor:
 def left_out(
     index: ModelIndex,
     groups: Sequence[LayerGroup],
-    optimizers: Iterable[Optimizer],
+    held: Collection[int],
     *,
     managed: bool,
 ) -> frozenset[str]:
@@ -261,8 +260,13 @@ def left_out(
 
     Vectors (biases, norms) of a layer group of which something is held; and, where no callback
     unfreezes, whole layer groups below the head, or anything if there is no telling the head.
+
+    Args:
+        index: the model.
+        groups: its layer groups.
+        held: ids of what the optimizers hold, frozen or not.
+        managed: whether callbacks of ours freeze and unfreeze.
     """
-    held = {id(p) for o in optimizers for params in whole_groups(o) for p in params}
     out = {
         name
         for name, parameter in index.parameters.items()

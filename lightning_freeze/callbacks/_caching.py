@@ -16,7 +16,7 @@ from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import RowStore
 from lightning_freeze.callbacks._sharded import restores_late
-from lightning_freeze.callbacks.fit_state import session_of
+from lightning_freeze.callbacks.fit_state import fit_state_of
 from lightning_freeze.engine.sharded import is_sharded
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -126,9 +126,9 @@ class Caching:
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         """The scope's call. In the step `train()` may have been called, which doesn't hold."""
         assert self.cache is not None
-        session = session_of(self.trainer)
-        if session is not None and session.applier is not None:
-            session.applier.reassert()
+        fit = fit_state_of(self.trainer)
+        if fit is not None and fit.applier is not None:
+            fit.applier.reassert()
         return self.cache(*args, **kwargs)
 
     def end(self) -> None:
@@ -224,12 +224,12 @@ class Caching:
 
     def _later(self, now: Prefix) -> list[nn.Module]:
         """The modules that will be the last of a later stage's prefix, soonest first."""
-        session = session_of(self.trainer)
-        if self._tree is None or session is None or session.index is None:
+        fit = fit_state_of(self.trainer)
+        if self._tree is None or fit is None or fit.index is None:
             return []
         found: dict[nn.Module, None] = {}
-        parameters = session.index.parameters
-        for frozen in session.upcoming():
+        parameters = fit.index.parameters
+        for frozen in fit.upcoming():
             still = {id(parameters[name]) for name in frozen}
 
             def trains(parameter: nn.Parameter, still: set[int] = still) -> bool:

@@ -9,11 +9,10 @@ from torch.nn.parameter import is_lazy
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._loggers import Loggers
-from lightning_freeze.callbacks.fit_state import Session
+from lightning_freeze.callbacks.fit_state import FitState
 from lightning_freeze.checkpoints.origin.find import find_origins
 from lightning_freeze.checkpoints.origin.frozen import never_learns
 from lightning_freeze.checkpoints.origin.states import Origins
-from lightning_freeze.engine.optimizers import learning_rates
 from lightning_freeze.report.labels import unique
 from lightning_freeze.report.summary import Summary, rows_of
 from lightning_freeze.report.timeline import Moment
@@ -42,17 +41,17 @@ class Chronicle:
         self._names: dict[str, str] = {}
         self._logged = -1
 
-    def change(self, trainer: Trainer, session: Session, run: AuditRun) -> None:
+    def change(self, trainer: Trainer, fit: FitState, run: AuditRun) -> None:
         """Take down, show and log who trains from now on.
 
         Where layers are drawn without end, only the first table is shown.
         """
         self.take_down(trainer, run)
-        endless = any(schedule.endless for schedule in session.schedules.values())
+        endless = any(schedule.endless for schedule in fit.schedules.values())
         if self._table and trainer.is_global_zero and not (endless and self._shown):
             self._shown = True
             when = f"Epoch {trainer.current_epoch}, step {trainer.global_step}: who trains"
-            print(f"\n{self._summary(trainer, session, run, when)}\n", flush=True)
+            print(f"\n{self._summary(trainer, fit, run, when)}\n", flush=True)
 
     def take_down(self, trainer: Trainer, run: AuditRun) -> None:
         """Take down a moment, and log it; what changed in it is told as text, too."""
@@ -84,7 +83,7 @@ class Chronicle:
             self._loggers.catch_up(trainer, self._changes, _size(run))
 
     def _lrs(self, trainer: Trainer, run: AuditRun) -> dict[str, float | None]:
-        lrs = learning_rates(run.ledger.index, trainer.optimizers)
+        lrs = run.rates()
         frozen = run.ledger.declared.frozen
         now: dict[str, float | None] = {}
         for group in self._record.groups:
@@ -92,16 +91,16 @@ class Chronicle:
             now[group.name] = max(trains) if trains else None
         return now
 
-    def _summary(self, trainer: Trainer, session: Session, run: AuditRun, title: str) -> Summary:
+    def _summary(self, trainer: Trainer, fit: FitState, run: AuditRun, title: str) -> Summary:
         index = run.ledger.index
         # later, weights are restored or trained; several ranks have written to each other's
         begins = not trainer.global_step and trainer.ckpt_path is None
         origins = find_origins(index) if begins else Origins()
         shown = origins if trainer.world_size == 1 else None
-        rows = rows_of(index, self._record.groups, trainer.optimizers, shown)
-        later = (stage.trainable for s in session.schedules.values() for stage in s.stages)
+        rows = rows_of(index, self._record.groups, trainer.optimizers, shown, run.rates())
+        later = (stage.trainable for s in fit.schedules.values() for stage in s.stages)
         notes = never_learns(index, origins, frozenset().union(*later))
-        applier = session.applier
+        applier = fit.applier
         if applier is not None and applier.woken and not trainer.global_step:
             woken = applier.woken
             first = woken[0] or type(trainer.lightning_module).__name__

@@ -17,3 +17,9 @@ def own_state(callback: Any, **instead: Any) -> dict[str, Any]:
     """
     kept = {name: value for name, value in vars(callback).items() if name not in _OF_THE_MODEL}
     return {**kept, **instead}
+
+
+def forget_model(callback: Any) -> None:
+    """At the end of a fit: a callback that is kept shouldn't keep the model."""
+    for name in _OF_THE_MODEL:
+        vars(callback).pop(name, None)

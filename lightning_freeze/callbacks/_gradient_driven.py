@@ -89,12 +89,12 @@ class GradientDriven(FreezingCallback):
             norms.read(held, first=self._clock.frozen, scale=_scale(trainer, optimizer))
 
     def _reader(self) -> GradientNorms | None:
-        session = self._session
-        if self.monitor is None or session is None or self not in session.stages:
+        fit = self._fit
+        if self.monitor is None or fit is None or self not in fit.stages:
             return None
-        if self._norms is None and session.index is not None:
-            every: dict[str, nn.Parameter] = session.index.parameters
-            layers = self.measured(session.index)
+        if self._norms is None and fit.index is not None:
+            every: dict[str, nn.Parameter] = fit.index.parameters
+            layers = self.measured(fit.index)
             self._norms = GradientNorms([[every[name] for name in layer] for layer in layers])
             if self._unread is not None:
                 self._norms.restore(self._unread)

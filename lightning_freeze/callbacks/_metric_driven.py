@@ -92,7 +92,7 @@ class MetricDriven(FreezingCallback):
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
     def _done(self) -> bool:
-        session = self._session
-        if session is None or self._following is None or self not in session.schedules:
+        fit = self._fit
+        if fit is None or self._following is None or self not in fit.schedules:
             return True
-        return self._following.clock.stage >= len(session.schedules[self].stages) - 1
+        return self._following.clock.stage >= len(fit.schedules[self].stages) - 1

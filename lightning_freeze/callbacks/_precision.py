@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
-from lightning_freeze.engine.optimizers import OptimizerGroups, whole_groups
+from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.errors import ConflictError
 
 
@@ -24,8 +24,9 @@ def check_scaler(groups: OptimizerGroups, frozen: frozenset[str]) -> None:
         ConflictError: torch would end the first step with "No inf checks were recorded".
     """
     name_of = groups.index.name_of
-    for number, optimizer in enumerate(groups.optimizers):
-        held = [p for params in whole_groups(optimizer) for p in params]
+    for number, lists in enumerate(groups.whole_lists()):
+        optimizer = groups.optimizers[number]
+        held = [p for params in lists for p in params]
         if held and all(name_of.get(id(p)) in frozen for p in held):
             raise ConflictError(
                 f"All {len(held)} tensors that optimizer {number} ({type(optimizer).__name__}) "

@@ -1,9 +1,8 @@
-"""Checkpoints of strategies that shard the model: right groups and flags before state is loaded.
+"""Checkpoints of strategies that shard the model: the right flags before state is loaded.
 
 `ModelParallelStrategy` (FSDP2) restores weights and optimizers behind `on_fit_start`, by
-torch.distributed.checkpoint. That drops the state of what requires no gradient, and refuses
-optimizers with several empty groups. So the stage is read from the checkpoint beforehand, and
-while optimizer state is saved or loaded, empty groups are out of the way.
+torch.distributed.checkpoint, which drops the state of what requires no gradient. So the stage is
+read from the checkpoint beforehand.
 """
 
 from __future__ import annotations
@@ -28,15 +27,14 @@ def restores_late(trainer: Trainer) -> bool:
     return bool(trainer.strategy.restore_checkpoint_after_setup)
 
 
-def saved_callbacks(path: Any, **how: Any) -> Mapping[str, Any]:
-    """The states of the callbacks in a checkpoint, a file or a folder of shards."""
+def metadata_of(path: Any, **how: Any) -> Mapping[str, Any]:
+    """What a checkpoint, a file or a folder of shards, holds beside weights: callbacks, clock."""
     place = Path(path)
     file = place / _METADATA_FILENAME if place.is_dir() else place
     content: Mapping[str, Any] = torch.load(
         file, map_location="cpu", mmap=True, weights_only=how.get("weights_only")
     )
-    found: Mapping[str, Any] = content.get("callbacks") or {}
-    return found
+    return content
 
 
 def made_apart(trainer: Trainer, index: ModelIndex) -> frozenset[str]:
@@ -56,7 +54,7 @@ def made_apart(trainer: Trainer, index: ModelIndex) -> frozenset[str]:
 
 
 class ShardedCheckpoints:
-    """Wraps a strategy's functions for optimizer state until `stop`."""
+    """Wraps a strategy's `load_checkpoint` until `stop`."""
 
     def __init__(
         self,
@@ -68,27 +66,21 @@ class ShardedCheckpoints:
 
         Args:
             strategy: the trainer's.
-            groups: empty ones are taken out while state is saved or loaded.
-            resume: takes up what the callbacks have saved, before anything is loaded.
+            groups: have whole lists while state is loaded.
+            resume: takes up what the checkpoint says of callbacks and clock, before all else.
         """
         self._strategy = strategy
-        save, load = strategy.optimizer_state, strategy.load_checkpoint
-
-        def optimizer_state(*given: Any, **named: Any) -> Any:
-            with groups.without_empty():
-                return save(*given, **named)
+        load = strategy.load_checkpoint
 
         def load_checkpoint(path: Any, *given: Any, **named: Any) -> Any:
             place = strategy.broadcast(path)
             with together():
-                resume(saved_callbacks(place, **named))
-            with groups.without_empty():
+                resume(metadata_of(place, **named))
+            with groups.loading():
                 return load(path, *given, **named)
 
-        strategy.optimizer_state = optimizer_state
         strategy.load_checkpoint = load_checkpoint
 
     def stop(self) -> None:
-        """Give the strategy its own functions back."""
-        for name in ("optimizer_state", "load_checkpoint"):
-            vars(self._strategy).pop(name, None)
+        """Give the strategy its own function back."""
+        vars(self._strategy).pop("load_checkpoint", None)

@@ -9,9 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_freeze.callbacks import fit_state as _session
-from lightning_freeze.callbacks._copies import own_state
+from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
+from lightning_freeze.callbacks.fit_state import (
+    FitState,
+    Freezing,
+    callbacks_of,
+    enter,
+    fit_state_of,
+)
 from lightning_freeze.engine.distributed import together
 from lightning_freeze.errors import ResumeError
 from lightning_freeze.model.selectors import Selector, describe
@@ -20,31 +26,32 @@ from lightning_freeze.model.selectors import Selector, describe
 _TUNERS = (".lr_find_", ".scale_batch_size_")
 
 
-class FreezingCallback(_session.Freezing):
-    """Takes part in the session of its trainer.
+class FreezingCallback(Freezing):
+    """Takes part in the fit of its trainer.
 
     It keeps no record of what is frozen: that is a function of its schedule and the clock.
     """
 
     def __init__(self) -> None:
-        self._session: _session.Session | None = None
+        self._fit: FitState | None = None
         self._loaded: dict[str, Any] | None = None
+        self._saved: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: without the fit that it takes part in."""
-        return own_state(self, _session=None)
+        return own_state(self, _fit=None, _saved={})
 
     def goes_on(self, trainer: Trainer) -> bool:
         """In `setup`: whether a trainer goes on from its last fit, which had this callback."""
-        last = self._session
+        last = fit_state_of(trainer)
         goes_on = trainer.global_step > 0 and trainer.ckpt_path is None
-        return goes_on and last is not None and last.of is not None and last.of() is trainer
+        return goes_on and last is not None and id(self) in last.entered | last.entered_last
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._loaded = None
-            self._session = _session.enter(trainer, pl_module, self)
+            self._loaded, self._saved = None, {}
+            self._fit = enter(trainer, pl_module, self)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -55,15 +62,16 @@ class FreezingCallback(_session.Freezing):
                 self._take_up(trainer, checkpoint)
 
     def _take_up(self, trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+        if self._fit is not None and not by_tuner(trainer):
+            self._fit.take_down(checkpoint)
         state = saved_state(self, trainer, checkpoint)
-        if not state and by_tuner(trainer):
-            return  # it was saved before anything was frozen
         if not state:
+            return  # it was written without it: what trains is what the clock says
+        if "layout" in state:
             raise ResumeError(
-                f"The checkpoint has no state of `{self.state_key}`: it was written without it, "
-                "so its optimizer groups have another shape. Use the callbacks of the run that "
-                "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
-                "without `ckpt_path`."
+                f"The state of `{self.state_key}` in the checkpoint is of lightning-freeze 0.1, "
+                "which split the optimizer's groups. Load its weights alone: "
+                "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
         number = state.get("stage")
         if type(number) is not int or number < 0:
@@ -80,42 +88,54 @@ class FreezingCallback(_session.Freezing):
         """Take over what a subclass has saved beyond the stage."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Split the optimizers' groups and freeze."""
+        """Freeze."""
         start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take what is frozen out of the optimizers again, after a resume."""
+        if self._fit is not None:
+            self._fit.restored()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze what is due."""
-        if self._session is not None:
-            self._session.tick(trainer)
+        if self._fit is not None:
+            self._fit.tick(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Unfreeze what is due; an epoch's start is skipped after some resumes."""
-        if self._session is not None:
-            self._session.tick(trainer)
+        if self._fit is not None:
+            self._fit.tick(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """The stage that the optimizer state in the same checkpoint belongs to."""
-        return {} if self._session is None else self._session.state(self)
+        return dict(self._saved) if self._fit is None else self._fit.state(self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the mode guards off the model."""
-        if trainer.state.fn == TrainerFn.FITTING and self._session is not None:
-            self._session.stop()
+        """Leave no trace: the optimizers' lists are whole, and modes what they were."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._leave()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Take the mode guards off the model; give back what a fit that never started claimed.
+        """Leave no trace; give back what a fit that never started claimed.
 
         What torch and Lightning say of a checkpoint that doesn't fit gets a note on what to do.
         """
         if trainer.ckpt_path is not None:
             _advise(exception)
-        if self._session is not None:
-            self._session.give_back(pl_module)
-            self._session.stop()
+        if self._fit is not None:
+            self._fit.give_back(pl_module)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._fit is not None:
+            self._saved = self.state_dict()  # a checkpoint may be saved behind the fit
+            fit, self._fit = self._fit, None
+            fit.stop()
+        forget_model(self)
 
 
 # part of what torch and Lightning say -> what they don't
@@ -150,53 +170,32 @@ def saved_state(
     if callback.state_key in states:
         return dict(states[callback.state_key])
     kind = type(callback)
-    same = [cb for cb in _session.callbacks_of(trainer) if type(cb) is kind]
+    same = [cb for cb in callbacks_of(trainer) if type(cb) is kind]
     saved = [value for key, value in states.items() if str(key).startswith(kind.__name__)]
     return dict(saved[0]) if len(same) == len(saved) == 1 else None
 
 
-def check_layout(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """On a resume: without the callbacks that split them, torch says only that groups don't match.
-
-    Raises:
-        ResumeError: the checkpoint was written with freezing callbacks, and this run has none.
-    """
-    saved = [
-        str(key)
-        for key, state in (checkpoint.get("callbacks") or {}).items()
-        if isinstance(state, dict) and "layout" in state
-    ]
-    ours = [cb for cb in _session.callbacks_of(trainer) if isinstance(cb, _session.Freezing)]
-    if saved and not ours:
-        raise ResumeError(
-            f"The checkpoint was written with {', '.join(saved)}, and this run has no freezing "
-            "callback: its optimizer groups have another shape. Use the callbacks of the run that "
-            "wrote it, or load its weights alone: `Model.load_from_checkpoint(path)` and `fit` "
-            "without `ckpt_path`."
-        )
-
-
-def start(trainer: Trainer, module: LightningModule) -> _session.Session | None:
-    """Start the trainer's session, whichever callback comes first."""
-    session = _session.session_of(trainer)
-    if session is not None and not session.started:
+def start(trainer: Trainer, module: LightningModule) -> FitState | None:
+    """Start the trainer's fit, whichever callback comes first."""
+    fit = fit_state_of(trainer)
+    if fit is not None and not fit.started:
         # other people's callbacks may have no hash: a dataclass has none
-        ours = [cb for cb in _session.callbacks_of(trainer) if isinstance(cb, FreezingCallback)]
-        session.start(trainer, module, {cb: cb._loaded for cb in ours if cb._loaded})
-        if restores_late(trainer) and session.groups is not None:
+        ours = [cb for cb in callbacks_of(trainer) if isinstance(cb, FreezingCallback)]
+        fit.start(trainer, module, {cb: cb._loaded for cb in ours if cb._loaded})
+        if restores_late(trainer) and fit.groups is not None:
 
             def resume(saved: Mapping[str, Any]) -> None:
                 try:
                     for callback in ours:
-                        callback.on_load_checkpoint(trainer, module, {"callbacks": dict(saved)})
-                    session.resume(trainer, {cb: cb._loaded for cb in ours if cb._loaded})
+                        callback.on_load_checkpoint(trainer, module, dict(saved))
+                    fit.resume(trainer, {cb: cb._loaded for cb in ours if cb._loaded})
                 except BaseException:
-                    session.undo()
+                    fit.undo()
                     raise
-                session.apart = frozenset()  # all ranks load the same
+                fit.apart = frozenset()  # all ranks load the same
 
-            session.sharded = ShardedCheckpoints(trainer.strategy, session.groups, resume)
-    return session
+            fit.sharded = ShardedCheckpoints(trainer.strategy, fit.groups, resume)
+    return fit
 
 
 def key_of(selectors: tuple[Selector, ...]) -> list[str]:

@@ -1,24 +1,24 @@
 """One fit: merges what all freezing callbacks of a Trainer want, and has it applied.
 
-Every callback calls the same three functions: `enter` in `setup`, `start` in `on_fit_start` and
-`tick` in `on_train_epoch_start` and `on_train_batch_start`. All are idempotent, so the order of
-callbacks doesn't matter, and an epoch start that Lightning skips after a resume is made up for.
+Every callback calls the same functions: `enter` in `setup`, `start` in `on_fit_start`, `tick` in
+`on_train_epoch_start` and `on_train_batch_start`. All are idempotent, so the order of callbacks
+doesn't matter, and an epoch start that Lightning skips after a resume is made up for. The state of
+a fit hangs from its Trainer, and goes with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
-from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
-from lightning_freeze.engine import flags as apply
-from lightning_freeze.engine import optimizers
+from lightning_freeze.engine import flags
 from lightning_freeze.engine.distributed import (
     agree,
     agree_on_callbacks,
@@ -27,20 +27,26 @@ from lightning_freeze.engine.distributed import (
     several,
     together,
 )
-from lightning_freeze.engine.layout import Layout
+from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.errors import ConflictError, FreezeError, ResumeError
 from lightning_freeze.model.index import ModelIndex
-from lightning_freeze.report.labels import Names, legal
 from lightning_freeze.schedule.conflicts import check_conflicts
 from lightning_freeze.schedule.plan import FreezePlan, merge
 from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
-# the turns of what trains from the start, and of what a schedule says nothing about
-_ALWAYS = (0,)
+# where a Trainer holds the state of its present or last fit
+_HELD_AS = "_lightning_freeze_fit"
 
 
 class Freezing(Callback):
-    """What a session needs of a callback that freezes."""
+    """What a fit needs of a callback that freezes.
+
+    Attributes:
+        governs_all: whether its schedule is about the whole model, but for what the user froze and
+            no selector names.
+    """
+
+    governs_all = False
 
     def resolve(self, index: ModelIndex, trainer: Trainer | None = None) -> UnfreezeSchedule:
         """The schedule for a model. Pure: raises where the arguments don't fit, changes nothing."""
@@ -51,25 +57,29 @@ class Freezing(Callback):
         return schedule.stage_at(epoch, step)
 
 
-class Session:
-    """The freezing side of one fit.
+class FitState:
+    """What one fit needs to remember.
 
     Attributes:
-        of: the trainer.
         index: the model, from `on_fit_start` on.
         plan: what holds now.
+        schedules: callback -> its schedule.
         stages: callback -> number of its stage.
+        entered: ids of the callbacks that take part, and `entered_last` those of the fit before.
         managed: whether any callback freezes; without one, nothing is changed.
         late: whether the module may make parts of itself after `setup` of the callbacks.
         fresh: names of what was re-initialised before the fit.
         apart: names of what the ranks made differently, where each shards its own.
         tied: name of a tensor -> its other names, in `setup`.
-        listeners: called before and after each change, as `listener(session, "before")`.
+        groups: the optimizers, where a callback freezes.
+        applier: writes flags and modes, where a callback freezes.
+        listeners: called before and after each change and at the end, as
+            `listener(state, "before")`.
     """
 
     def __init__(self) -> None:
-        self.of: ref[Trainer] | None = None
         self.entered: set[int] = set()
+        self.entered_last: set[int] = set()
         self.started = False
         self.late = False
         self.index: ModelIndex | None = None
@@ -78,19 +88,26 @@ class Session:
         self.stages: dict[Any, int] = {}
         self.fresh: frozenset[str] = frozenset()
         self.tied: dict[str, tuple[str, ...]] = {}
-        self.groups: optimizers.OptimizerGroups | None = None
-        self.applier: apply.Applier | None = None
-        self.listeners: list[Callable[[Session, str], None]] = []
-        self._before: frozenset[str] = frozenset()
+        self.groups: OptimizerGroups | None = None
+        self.applier: flags.Applier | None = None
+        self.listeners: list[Callable[[FitState, str], None]] = []
         self.sharded: ShardedCheckpoints | None = None
         self.apart: frozenset[str] = frozenset()
-        self._resumed: dict[Any, int] = {}
+        self._before: frozenset[str] = frozenset()
+        self._resumed: dict[Any, int] = {}  # the stages of callbacks with the same arguments
+        self._trained_before: frozenset[str] = frozenset()
+        self._saved_clock: tuple[int, int] | None = None
         self._wrapped_with: Mapping[str, bool] = {}
         self._first_trained: bytes | None = None
-        self._snapshot: apply.Snapshot | None = None
+        self._snapshot: flags.Snapshot | None = None
         self._prepared: ModelIndex | None = None
         self._settled = False
         self._agreed = -1
+        self._first_step: int | None = -1  # None once the optimizers' hooks were seen to run
+
+    def __reduce__(self) -> Any:
+        """In copies of a Trainer, as for a launcher: a fit that hasn't begun."""
+        return FitState, ()
 
     @property
     def managed(self) -> bool:
@@ -105,10 +122,10 @@ class Session:
         """
         index = self._prepared = ModelIndex.of(module)
         self.late = is_overridden("setup", module) or is_overridden("configure_model", module)
-        claimed: frozenset[str] = frozenset()
+        asked: dict[Any, UnfreezeSchedule] = {}
         deferred = False
         try:
-            claimed = self._resolve(trainer, index)
+            asked = self._resolve(trainer, index)
             for callback in callbacks_of(trainer):
                 if hasattr(callback, "reinit_names"):
                     warn_frozen(self.schedules, callback.reinit_names(index))
@@ -116,13 +133,12 @@ class Session:
             if not self.late:
                 raise
             deferred = True
-        warn_blocked({label(cb): s for cb, s in self.schedules.items()}, self._before)
+        warn_blocked({label(cb): s for cb, s in asked.items()}, self._before)
         if trainer.ckpt_path is None:
             warn_random(self.schedules, index)
-        self._snapshot = apply.Snapshot.of(index)
+        self._snapshot = flags.Snapshot.of(index)
         if self.managed or deferred:
-            apply.release(index, claimed)
-            optimizers.release(index)
+            flags.release(index, _claimed(asked))
         self.tied = index.aliases
         self.apart = made_apart(trainer, index)
         self._wrapped_with = {name: p.requires_grad for name, p in index.parameters.items()}
@@ -146,29 +162,39 @@ class Session:
 
     def undo(self) -> None:
         """The fit can't start: flags and modes as they were before `setup`."""
+        snapshot, index = self._snapshot, self.index
         self.stop()
-        if self._snapshot is not None and self.index is not None:
-            self._snapshot.restore(self.index)
+        if snapshot is not None and index is not None:
+            snapshot.restore(index)
 
-    def _resolve(self, trainer: Trainer, index: ModelIndex) -> frozenset[str]:
+    def _resolve(self, trainer: Trainer, index: ModelIndex) -> dict[Any, UnfreezeSchedule]:
+        """What each callback asks for; what of it concerns this model is kept in `schedules`."""
         freezing = [cb for cb in callbacks_of(trainer) if isinstance(cb, Freezing)]
-        schedules = {cb: cb.resolve(index, trainer) for cb in freezing}
-        self._before = apply.frozen_by_user(index)
-        if schedules:
-            trains = [n for n, p in index.parameters.items() if apply.can_train(p)]
-            check_conflicts({label(cb): s for cb, s in schedules.items()}, trains, self._before)
-        self.schedules = schedules
-        return frozenset().union(*(s.claimed for s in schedules.values()))
+        asked = {cb: cb.resolve(index, trainer) for cb in freezing}
+        self._before = flags.frozen_by_user(index)
+        if asked:
+            trains = [n for n, p in index.parameters.items() if flags.can_train(p)]
+            check_conflicts({label(cb): s for cb, s in asked.items()}, trains, self._before)
+        others = self._before - _claimed(asked)
+        self.schedules = {
+            cb: schedule.without(others) if cb.governs_all else schedule
+            for cb, schedule in asked.items()
+        }
+        return asked
 
     def start(self, trainer: Trainer, module: LightningModule, resumed: Mapping[Any, Any]) -> None:
-        """In `on_fit_start`: split the optimizers and apply the first plan.
+        """In `on_fit_start`: take the optimizers and apply the first plan.
 
         It comes after `configure_optimizers`, so that one that filters on `requires_grad` sees
-        all that will ever train, and before optimizer state is restored.
+        all that will ever train, and before optimizer state is restored. Fresh values come first:
+        an audit takes down what is there behind this.
         """
         if self.started:
             return
         self.started = True
+        for callback in callbacks_of(trainer):
+            if hasattr(callback, "start_afresh"):
+                callback.start_afresh(trainer, module)
         with together():
             self._start(trainer, module, resumed)
 
@@ -176,7 +202,7 @@ class Session:
         # what was found out in `setup` still holds unless any part of the model is another one now
         self.index, self._prepared = ModelIndex.of(module, self._prepared), None
         try:
-            claimed = self._resolve(trainer, self.index)
+            claimed = _claimed(self._resolve(trainer, self.index))
             if several():
                 agree(self._history(claimed), "is under no freezing callback")
             if not self.managed:
@@ -184,20 +210,18 @@ class Session:
                 self._settle()
                 return
             check_supported(trainer.strategy)
-            apply.release(self.index, claimed & self._before)
-            self.groups = optimizers.OptimizerGroups(
-                self.index,
-                trainer.optimizers,
-                [config.scheduler for config in trainer.lr_scheduler_configs],
-                self._partition(),
-                self._merged(dict.fromkeys(self.schedules, 0)).lr_scale,
-            )
+            flags.release(self.index, claimed & self._before)
+            factors = self._merged(dict.fromkeys(self.schedules, 0)).lr_scale
+            self.groups = OptimizerGroups(self.index, trainer.optimizers, factors)
             never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
-            self.applier = apply.Applier(self.index, self.groups.held - never)
+            modes = any(schedule.eval_mode for schedule in self.schedules.values())
+            self.applier = flags.Applier(self.index, self.groups.held - never if modes else ())
             if scales(trainer):
                 for stages in self._ahead():
                     check_scaler(self.groups, self._merged(stages).frozen)
             self.resume(trainer, resumed)
+            if trainer.ckpt_path is not None:
+                self.groups.make_whole()  # optimizer state is loaded next
             self._settle()
         except BaseException:
             self.undo()
@@ -211,29 +235,54 @@ class Session:
             resumed: callback -> what it saved.
 
         Raises:
-            ResumeError: the optimizer groups would have another shape than the saved ones.
+            ResumeError: optimizer state would go to other tensors than those it is of.
         """
         assert self.groups is not None
-        self._resumed = {cb: s["stage"] for cb, s in resumed.items() if "stage" in s}
-        clock = (trainer.current_epoch, trainer.global_step)
+        for callback, saved in resumed.items():
+            differs = self.groups.difference(saved.get("optimizers", {}))
+            if differs:
+                raise ResumeError(
+                    f"The checkpoint doesn't fit {label(callback)}: {differs}, or load its weights "
+                    "alone: `Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
+                )
+            self.groups.restore(saved.get("optimizers", {}))
+            if saved.get("callback", callback.state_key) == callback.state_key:
+                self._resumed[callback] = saved["stage"]
+        clock = self._saved_clock or (trainer.current_epoch, trainer.global_step)
         stages = {
-            cb: resumed.get(cb, {}).get("stage", cb.stage(schedule, *clock))
-            for cb, schedule in self.schedules.items()
+            callback: self._resumed.get(callback, callback.stage(schedule, *clock))
+            for callback, schedule in self.schedules.items()
         }
         self._agree(stages, -1)
+        self._check_direction(stages)
         self._switch(trainer, stages)
-        self._check_layout(resumed)
-        for saved in resumed.values():
-            self.groups.restore_idle(saved.get("idle", ()))
+
+    def take_down(self, checkpoint: Mapping[str, Any]) -> None:
+        """On a resume: when the checkpoint was written, and what trained then.
+
+        Args:
+            checkpoint: as Lightning's hooks hand it over.
+        """
+        self._saved_clock = checkpoint.get("epoch", 0), checkpoint.get("global_step", 0)
+        for state in (checkpoint.get("callbacks") or {}).values():
+            if isinstance(state, dict) and "stage" in state:
+                self._trained_before = frozenset(state.get("trains", ()))
+
+    def restored(self) -> None:
+        """In `on_train_start`: optimizer state has been loaded."""
+        if self.groups is not None:
+            self.groups.settle()
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
         if self._settled and self.index is not None:
             self.index.forget()  # by now all that asks much of it has asked
             self._settled = False
-        if self.applier is None:
+        if self.applier is None or self.groups is None:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
+        self._follow_optimizers(trainer)
+        self.groups.settle()
         stages = {cb: cb.stage(schedule, epoch, step) for cb, schedule in self.schedules.items()}
         if stages != self.stages or epoch != self._agreed:
             self._agree(stages, epoch)
@@ -242,7 +291,34 @@ class Session:
             self._check_something_trains(stages, trainer)
             self._switch(trainer, stages)
         else:
+            if self.groups.loaded:
+                self._check_direction(stages)
+                self.groups.sync(self.plan.frozen)
             self.applier.reassert()
+
+    def _follow_optimizers(self, trainer: Trainer) -> None:
+        """Take optimizers that were put in the place of others, and see that the hooks run."""
+        assert self.groups is not None
+        assert self.index is not None
+        held = self.groups.optimizers
+        now = trainer.optimizers
+        if len(now) != len(held) or any(one is not other for one, other in zip(now, held)):
+            self.groups.stop()
+            self.groups = OptimizerGroups(self.index, now, self.groups.factors)
+            self.groups.sync(self.plan.frozen)
+        if self._first_step is None or not self.groups.factors:
+            return
+        if self._first_step < 0:
+            self._first_step = trainer.global_step
+        elif self.groups.steps:
+            self._first_step = None
+        elif trainer.global_step > self._first_step:
+            self._first_step = None
+            rank_zero_warn(
+                "`lr_decay` and `lr_scale` have no effect: the optimizers stepped without their "
+                "step hooks. Something calls `step` of another object, or a `step` that was set on "
+                "the optimizer itself. Call `optimizer.step()`, or leave the factors at 1.0."
+            )
 
     def upcoming(self) -> Iterator[frozenset[str]]:
         """What will be frozen in each of the stages to come, soonest first, one at a time."""
@@ -271,7 +347,7 @@ class Session:
         if not any(schedule.refreezes for schedule in self.schedules.values()):
             return
         left = self._merged(stages).trainable(self.index.parameters)
-        if not any(apply.can_train(self.index.parameters[name]) for name in left):
+        if not any(flags.can_train(self.index.parameters[name]) for name in left):
             raise ConflictError(
                 f"Nothing is left to train from epoch {trainer.current_epoch}, step "
                 f"{trainer.global_step} on: {', '.join(map(label, self.schedules))} freeze all of "
@@ -298,19 +374,19 @@ class Session:
             agree(dict.fromkeys(frozen, "is frozen"), "trains")
 
     def _check_direction(self, stages: Mapping[Any, int]) -> None:
-        """A resume with a later schedule would freeze again what has begun to train."""
-        for callback, saved in self._resumed.items():
-            if stages[callback] >= saved:
+        """A resume with another schedule would freeze again what has begun to train."""
+        for callback, schedule in self.schedules.items():
+            saved, stage = self._resumed.get(callback), stages[callback]
+            again = self._trained_before & schedule.plan(stage).frozen
+            back = saved is not None and stage < saved
+            if not (back if schedule.refreezes else again):
                 continue
-            schedule = self.schedules[callback]
-            again = schedule.plan(stages[callback]).frozen - schedule.plan(saved).frozen
-            if not again and not schedule.refreezes:
-                continue
-            frozen = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
+            what = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
             raise ResumeError(
-                f"The checkpoint was written in stage {saved} of its schedule, and "
-                f"{label(callback)} would go back to stage {stages[callback]}: it would "
-                f"{frozen if again else 'train again what it has been through'}. Use the "
+                f"The checkpoint was written in "
+                f"{'another schedule' if saved is None else f'stage {saved} of its schedule'}, "
+                f"and {label(callback)} would go back to stage {stage}: it would "
+                f"{what if again else 'train again what it has been through'}. Use the "
                 "schedule of the run that wrote it, or load its weights alone: "
                 "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
@@ -334,40 +410,21 @@ class Session:
         for listener in self.listeners:
             listener(self, "after")
 
-    def _partition(self) -> dict[str, str]:
-        """Name -> layer group, so fine that all of a group freezes and unfreezes together."""
-        assert self.index is not None
-        found: dict[str, str] = {}
-        keys: dict[tuple[Any, ...], str] = {}
-        give = Names()
-        turns = [schedule.turns() for schedule in self.schedules.values()]
-        for name in self.index.parameters:
-            history = tuple(known.get(name, _ALWAYS) for known in turns)
-            labels = [s.layer_group[name] for s in self.schedules.values() if name in s.layer_group]
-            shown = min(labels, key=lambda text: text == "rest") if labels else "rest"
-            key = (*labels, history, name in self._before)
-            if key not in keys:
-                keys[key] = give(legal(shown))
-            found[name] = keys[key]
-        return found
-
     def state(self, callback: Any) -> dict[str, Any]:
-        """What a callback saves: its stage, and what the optimizer state in the file is for."""
+        """What a callback saves: its stage, what trains, and what the optimizers hold.
+
+        The lists of the optimizers become whole: Lightning saves their state next.
+        """
         if callback not in self.stages or self.groups is None:
             return {}
-        state = {"stage": self.stages[callback], **Layout.of(self.groups).to_dict()}
-        return {**state, "idle": self.groups.idle()} if self.sharded is not None else state
-
-    def _check_layout(self, resumed: Mapping[Any, Any]) -> None:
-        assert self.groups is not None
-        layout = Layout.of(self.groups)
-        for callback, saved in resumed.items():
-            differs = layout.difference(saved)
-            if differs:
-                raise ResumeError(
-                    f"The checkpoint doesn't fit {label(callback)}: {differs}, or load its weights "
-                    "alone: `Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
-                )
+        self.groups.make_whole()
+        assert self.index is not None
+        return {
+            "callback": callback.state_key,
+            "stage": self.stages[callback],
+            "trains": list(self.plan.trainable(self.index.parameters)),
+            "optimizers": self.groups.state(),
+        }
 
     def give_back(self, module: LightningModule) -> None:
         """If the fit broke off before it started: flags and modes as they were before `setup`."""
@@ -375,28 +432,42 @@ class Session:
             self._snapshot.restore(ModelIndex.of(module))
 
     def stop(self) -> None:
-        """At the end of the fit: take the guards off; flags and groups stay as they are."""
+        """At the end of the fit: the optimizers' lists are whole and modes what they were."""
+        for listener in self.listeners:
+            listener(self, "end")
+        self.listeners = []
         if self.applier is not None:
             self.applier.stop()
+        if self.groups is not None:
+            self.groups.stop()
         if self.sharded is not None:
             self.sharded.stop()
+        self.index = self._prepared = self.applier = self.groups = self.sharded = None
+        self._snapshot = None
 
 
-_sessions: WeakKeyDictionary[Trainer, Session] = WeakKeyDictionary()
-
-
-def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Session:
-    """In `setup`: the session of the fit that begins; the first callback to enter makes it."""
-    session = _sessions.get(trainer)
-    if session is None or id(callback) in session.entered or session.started:
-        session = Session()
-        session.of = ref(trainer)
+def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> FitState:
+    """In `setup`: the state of the fit that begins; the first callback to enter makes it."""
+    state = fit_state_of(trainer)
+    if state is None or id(callback) in state.entered or state.started:
+        last, state = state, FitState()
+        state.entered_last = set() if last is None else last.entered
         with together():
             agree_on_callbacks(_talk(trainer))
-            session.prepare(trainer, module)
-        _sessions[trainer] = session
-    session.entered.add(id(callback))
-    return session
+            state.prepare(trainer, module)
+        vars(trainer)[_HELD_AS] = state
+    state.entered.add(id(callback))
+    return state
+
+
+def fit_state_of(trainer: Trainer) -> FitState | None:
+    """The state of a trainer's present or last fit."""
+    return vars(trainer).get(_HELD_AS)
+
+
+def _claimed(schedules: Mapping[Any, UnfreezeSchedule]) -> frozenset[str]:
+    """Names that a selector of the user's asked to train."""
+    return frozenset[str]().union(*(schedule.claimed for schedule in schedules.values()))
 
 
 def _talk(trainer: Trainer) -> str:
@@ -411,11 +482,6 @@ def _talk(trainer: Trainer) -> str:
             shown = ", ".join(f"{word}={value!r}" for word, value in given.items() if value)
             told.append(f"{type(callback).__name__}({shown})")
     return ", ".join(told)
-
-
-def session_of(trainer: Trainer) -> Session | None:
-    """The session of a trainer's present or last fit."""
-    return _sessions.get(trainer)
 
 
 def callbacks_of(trainer: Trainer) -> list[Any]:

@@ -108,7 +108,7 @@ class FreezeBackbone(FreezingCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
         super().setup(trainer, pl_module, stage)
-        schedule = self._session.schedules.get(self) if self._session is not None else None
+        schedule = self._fit.schedules.get(self) if self._fit is not None else None
         if trainer.state.fn == TrainerFn.FITTING and schedule is not None and self.trainable:
             first = schedule.trainable(0)
             if not first:

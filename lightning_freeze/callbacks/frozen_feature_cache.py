@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
 from lightning_freeze.callbacks._copies import own_state
-from lightning_freeze.callbacks.fit_state import session_of
+from lightning_freeze.callbacks.fit_state import fit_state_of
 from lightning_freeze.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ class FrozenFeatureCache(Callback):
                 rank_zero_info(_told(self.stats))
             elif self._run.useless:
                 # that a schedule hasn't frozen anything yet is nobody's mistake
-                session = session_of(trainer)
-                waits = session is not None and session.managed and not session.plan.frozen
+                fit = fit_state_of(trainer)
+                waits = fit is not None and fit.managed and not fit.plan.frozen
                 (rank_zero_info if waits else rank_zero_warn)(
                     "FrozenFeatureCache did nothing: no frozen layer is called before the first "
                     "that trains, or apart from it."

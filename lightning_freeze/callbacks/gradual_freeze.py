@@ -73,6 +73,8 @@ class GradualFreeze(GradientDriven):
         >>> trainer = Trainer(callbacks=[GradualFreeze(start=2, layers_per_step=3)], logger=False)
     """
 
+    governs_all = True
+
     def __init__(
         self,
         schedule: Written = None,

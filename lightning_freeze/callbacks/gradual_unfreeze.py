@@ -93,6 +93,8 @@ class GradualUnfreeze(MetricDriven):
         >>> trainer = Trainer(callbacks=[unfreeze], logger=False)
     """
 
+    governs_all = True
+
     def __init__(
         self,
         schedule: Written = None,

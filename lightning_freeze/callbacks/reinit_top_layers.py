@@ -10,9 +10,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_freeze.arguments import call_of, whole
-from lightning_freeze.callbacks import fit_state as _session
-from lightning_freeze.callbacks._copies import own_state
-from lightning_freeze.callbacks.base import by_tuner, check_layout, key_of, saved_state
+from lightning_freeze.callbacks._copies import forget_model, own_state
+from lightning_freeze.callbacks.base import by_tuner, key_of, saved_state, start
+from lightning_freeze.callbacks.fit_state import enter, fit_state_of, label
 from lightning_freeze.engine import reinitialized as renewed
 from lightning_freeze.engine.distributed import check_supported, from_all_ranks, together
 from lightning_freeze.engine.optimizers import forget
@@ -117,9 +117,8 @@ class ReinitTopLayers(Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         check_supported(trainer.strategy)
-        session = _session.enter(trainer, pl_module, self)
         # what the module makes later may be the top, or overwrite what is fresh
-        self._deferred = session.late
+        self._deferred = enter(trainer, pl_module, self).late
         if not self._deferred and not trainer.global_step:
             with together():
                 self._reinit(trainer, pl_module)
@@ -135,27 +134,30 @@ class ReinitTopLayers(Callback):
         if trainer.state.fn != TrainerFn.FITTING or by_tuner(trainer):
             return
         with together():
-            check_layout(trainer, checkpoint)
             saved = saved_state(self, trainer, checkpoint) or {}
             self._done = tuple(saved.get("reinitialised", ()))
             index = ModelIndex.of(pl_module)
             wanted = self.reinit_names(index)
         missed = [name for name in wanted if name not in self._done]
         renewed.forget(index.tensors(missed))
-        session = _session.session_of(trainer)
-        if session is not None:
-            session.fresh -= frozenset(missed)
+        fit = fit_state_of(trainer)
+        if fit is not None:
+            fit.fresh -= frozenset(missed)
         if missed:
             many = f" and {len(missed) - 1} more" if missed[1:] else ""
             rank_zero_warn(
-                f"`{_session.label(self)}` gives nothing a fresh start on a resume, and the run "
+                f"`{label(self)}` gives nothing a fresh start on a resume, and the run "
                 f"that wrote the checkpoint gave none to `{missed[0]}`{many}: the checkpoint's "
                 "weights stay. Load them alone to re-initialise: "
                 "`Model.load_from_checkpoint(path)` and `fit` without `ckpt_path`."
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Re-initialise a model that is made in `configure_model`, unless this is a resume.
+        """Re-initialise a model that is made in `configure_model`, unless this is a resume."""
+        start(trainer, pl_module)
+
+    def start_afresh(self, trainer: Trainer, module: LightningModule) -> None:
+        """Before anything else of a fit's start: what `setup` had to leave for later.
 
         An optimizer that was kept from an earlier fit forgets the moments of what is fresh.
         """
@@ -163,10 +165,14 @@ class ReinitTopLayers(Callback):
             return
         with together():
             if self._deferred:
-                self._reinit(trainer, pl_module)
-            index = ModelIndex.of(pl_module)
+                self._reinit(trainer, module)
+            index = ModelIndex.of(module)
             fresh = [index.parameters[name] for name in self.reinit_names(index)]
         forget(trainer.optimizers, fresh)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep nothing of the model."""
+        forget_model(self)
 
     def _reinit(self, trainer: Trainer, module: LightningModule) -> None:
         index = ModelIndex.of(module)
@@ -177,6 +183,6 @@ class ReinitTopLayers(Callback):
         seed = from_all_ranks(int(drawn), "the seed of a fresh start")[0]
         reinit_names(index, names, init=self.init, seed=seed)
         self._done = names
-        session = _session.session_of(trainer)
-        if session is not None:
-            session.fresh |= frozenset(names)
+        fit = fit_state_of(trainer)
+        if fit is not None:
+            fit.fresh |= frozenset(names)

@@ -20,17 +20,18 @@ from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.resumed import Resumed
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.audit.unfrozen import left_out
-from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._chronicle import Chronicle
-from lightning_freeze.callbacks._copies import own_state
+from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
-from lightning_freeze.callbacks.base import by_tuner, check_layout, saved_state, start
+from lightning_freeze.callbacks.base import by_tuner, saved_state, start
+from lightning_freeze.callbacks.fit_state import FitState, enter
 from lightning_freeze.engine.distributed import from_all_ranks, together
+from lightning_freeze.engine.optimizers import ids_held, learning_rates
 from lightning_freeze.model.index import ModelIndex
 from lightning_freeze.model.selectors import Selectors, as_selectors
 from lightning_freeze.report.html import audit_to_html
@@ -111,7 +112,7 @@ class TrainableParamAudit(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """For pickling and copying: what was seen, without the fit in which it was."""
         self._current()
-        return own_state(self, _session=None, _run=None, _hooks=StepHooks())
+        return own_state(self, _fit=None, _run=None, _hooks=StepHooks())
 
     @property
     def state_key(self) -> str:
@@ -123,7 +124,7 @@ class TrainableParamAudit(Callback):
         self._papers = Papers(self._record, self.report, self.certificate)
         self._judge = Judge(self._record, self._papers, self.on_violation)
         self._chronicle = Chronicle(self._record, table=self.table, log_metrics=self.log_metrics)
-        self._session: _session.Session | None = None
+        self._fit: FitState | None = None
         self._run: AuditRun | None = None
         self._declared = Declared(frozenset())
         self._resumed: Resumed | None = None
@@ -133,6 +134,7 @@ class TrainableParamAudit(Callback):
         self._last_step = 0
         self._hunt_ends = -1
         self._ended = False
+        self._saved: dict[str, Any] = {}
 
     @property
     def findings(self) -> list[Finding]:
@@ -161,8 +163,8 @@ class TrainableParamAudit(Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._reset()
             self._papers.check(trainer)
-            self._session = _session.enter(trainer, pl_module, self)
-            if self.ignore and not self._session.late:
+            self._fit = enter(trainer, pl_module, self)
+            if self.ignore and not self._fit.late:
                 ignored_by(ModelIndex.of(pl_module), self.ignore)
 
     def on_load_checkpoint(
@@ -170,8 +172,6 @@ class TrainableParamAudit(Callback):
     ) -> None:
         """On a resume: what was frozen, with which fingerprints."""
         if trainer.state.fn == TrainerFn.FITTING and not by_tuner(trainer):
-            with together():
-                check_layout(trainer, checkpoint)
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
             if self._resumed is not None:
@@ -184,7 +184,7 @@ class TrainableParamAudit(Callback):
     def state_dict(self) -> dict[str, Any]:
         """A certificate of what is frozen, and the record so far."""
         if self._run is None:
-            return {}
+            return dict(self._saved)
         record = self._current()
         return {
             "certificate": record.certificate(self._run).to_dict(),
@@ -204,54 +204,54 @@ class TrainableParamAudit(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""
-        session = self._session = start(trainer, pl_module)
-        if session is None or session.index is None:
+        fit = self._fit = start(trainer, pl_module)
+        if fit is None or fit.index is None:
             return
-        session.listeners.append(lambda _, when: self._on_change(trainer, when))
-        self._ignored = ignored_by(session.index, self.ignore)
+        fit.listeners.append(lambda _, when: self._on_change(trainer, when))
+        self._ignored = ignored_by(fit.index, self.ignore)
         self._record.ignored = len(self._ignored)
-        self._record.groups = groups_or_children(session.index)
-        self._declared = declared_by(session, self._ignored)
-        self._record.fresh |= session.fresh
-        self._wrapped = session.wrapped_with
-        parameters = session.index.parameters.values()
+        self._record.groups = groups_or_children(fit.index)
+        self._declared = declared_by(fit, self._ignored)
+        self._record.fresh |= fit.fresh
+        self._wrapped = fit.wrapped_with
+        parameters = fit.index.parameters.values()
         restored = trainer.ckpt_path is None and not restores_late(trainer)
         if restored and not any(is_lazy(p) for p in parameters):
-            self._begin(trainer, pl_module, session)
+            self._begin(trainer, pl_module, fit)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On a resume, fingerprint what is frozen here, where it has been restored; then check."""
-        session = self._session
-        if session is None or session.index is None:
+        fit = self._fit
+        if fit is None or fit.index is None:
             return
         if self._run is None:
-            self._begin(trainer, pl_module, session)
+            self._begin(trainer, pl_module, fit)
         assert self._run is not None
+        fit.restored()
         self._run.look(looks.FIT, self._now(trainer))
         for optimizer in trainer.optimizers:
             self._hooks.add(optimizer, self._run, lambda: self._now(trainer))
         self._last_step = trainer.global_step
-        self._chronicle.change(trainer, session, self._run)
-        if self._resumed is None or session.managed:
+        self._chronicle.change(trainer, fit, self._run)
+        if self._resumed is None or fit.managed:
             self._first_check(trainer)
 
-    def _begin(
-        self, trainer: Trainer, pl_module: LightningModule, session: _session.Session
-    ) -> None:
-        assert session.index is not None
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, fit: FitState) -> None:
+        assert fit.index is not None
         self._run = AuditRun(
             pl_module,
-            session.index,
+            fit.index,
             self._declared,
             self._record.groups,
             lambda: trainer.optimizers,
             now=self._now(trainer),
             dead_after=self.dead_after,
-            managed=session.managed,
+            managed=fit.managed,
             rolling=self.every == "rolling",
             omitted=left_out(
-                session.index, self._record.groups, trainer.optimizers, managed=session.managed
+                fit.index, self._record.groups, _held(trainer, fit), managed=fit.managed
             ),
+            rates=lambda: _rates(trainer, fit),
             averages=lambda: averages_of(trainer, ended=self._ended),
             who=lambda after, before: who_runs(trainer, self, after, before),
             reduced=lambda: self._wrapped if trainer.world_size > 1 else (),
@@ -260,35 +260,40 @@ class TrainableParamAudit(Callback):
 
     def _first_check(self, trainer: Trainer) -> None:
         assert self._run is not None
-        assert self._session is not None
+        assert self._fit is not None
         resumed, self._resumed = self._resumed, None
-        seen = [] if resumed is None else resumed.check(self._run)
+        schedules = self._fit.schedules.values()
+        governed = frozenset[str]().union(*(schedule.governed for schedule in schedules))
+        seen = [] if resumed is None else resumed.check(self._run, governed)
         frozen = self._declared.frozen - self._record.fresh
-        seen += sharded_apart(sorted(self._session.apart & frozen))
-        self._check(trainer, seen + untied(self._session.tied, self._run.ledger.index))
+        seen += sharded_apart(sorted(self._fit.apart & frozen))
+        self._check(trainer, seen + untied(self._fit.tied, self._run.ledger.index))
 
     def _on_change(self, trainer: Trainer, when: str) -> None:
         """Check what was, then declare what is to be."""
-        session = self._session
-        if session is None:
+        fit = self._fit
+        if fit is None:
+            return
+        if when == "end":
+            self._say_last_words(trainer)
             return
         if when == "before":
             if self._run is not None:
                 self._check(trainer, flags=False)
             return
-        self._wrapped = session.wrapped_with
-        self._declared = declared_by(session, self._ignored)
+        self._wrapped = fit.wrapped_with
+        self._declared = declared_by(fit, self._ignored)
         if self._run is not None:
             self._run.declare(self._declared, self._now(trainer))
             self._hunt_ends = -1
-            self._chronicle.change(trainer, session, self._run)
+            self._chronicle.change(trainer, fit, self._run)
 
     # while it runs
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down the learning rates."""
-        if self._session is not None and self._run is not None:
-            self._session.tick(trainer)
+        if self._fit is not None and self._run is not None:
+            self._fit.tick(trainer)
             self._run.look(looks.EPOCH, self._now(trainer))
             self._chronicle.take_down(trainer, self._run)
 
@@ -296,9 +301,9 @@ class TrainableParamAudit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Note what is so before the step."""
-        if self._session is None or self._run is None:
+        if self._fit is None or self._run is None:
             return
-        self._session.tick(trainer)
+        self._fit.tick(trainer)
         if self._resumed is not None:
             # a freeze by hand is often put back at an epoch's start, behind `on_train_start`
             self._first_check(trainer)
@@ -367,12 +372,12 @@ class TrainableParamAudit(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more, behind the other callbacks' last hooks, and report."""
-        session, run = self._session, self._run
-        if run is None and session is not None and session.index is not None:
+        fit, run = self._fit, self._run
+        if run is None and fit is not None and fit.index is not None:
             # resumed with nothing left to train, which skips the hooks of training: the fit may
             # have been killed before it reported
             self._ended = True
-            self._begin(trainer, pl_module, session)
+            self._begin(trainer, pl_module, fit)
             self._first_check(trainer)
             run = self._run
         if run is None:
@@ -389,9 +394,29 @@ class TrainableParamAudit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Report what was found until then."""
-        if self._run is not None:
+        self._say_last_words(trainer)
+        self._leave()
+
+    def _say_last_words(self, trainer: Trainer) -> None:
+        """Where an exception ends the fit, before modes and groups are the user's again."""
+        if self._run is not None and not self._ended:
+            self._ended = True
             self._judge.note(trainer, self._run, self._run.last_words())
             self._finish(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep what was seen, and nothing of the model."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._run is not None:
+            self._saved = self.state_dict()  # a checkpoint may be saved behind the fit
+        self._run = None
+        fit, self._fit = self._fit, None
+        if fit is not None:
+            fit.stop()
+        forget_model(self)
 
     def _finish(self, trainer: Trainer) -> None:
         self._hooks.remove()
@@ -410,8 +435,8 @@ class TrainableParamAudit(Callback):
     ) -> list[Finding]:
         run = self._run
         assert run is not None
-        if flags and self._session is not None and self._session.applier is not None:
-            self._session.applier.reassert()  # before the next forward pass it does so, too
+        if flags and self._fit is not None and self._fit.applier is not None:
+            self._fit.applier.reassert()  # before the next forward pass it does so, too
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
         with together(end=False):
             seen = (first or []) + run.check(self._now(trainer), schedulers, flags=flags)
@@ -427,7 +452,12 @@ class TrainableParamAudit(Callback):
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values."""
-        return self._current().to_dict(self._run)
+        told = self._current().to_dict(self._run)
+        return (
+            told
+            if self._run is not None
+            else {**told, "certificate": self._saved.get("certificate")}
+        )
 
     def _repr_html_(self) -> str:
         return audit_to_html(self.verdict, self.findings)
@@ -442,3 +472,18 @@ class TrainableParamAudit(Callback):
             The matplotlib figure.
         """
         return self._record.plot(None if path is None else Path(path))
+
+
+def _rates(trainer: Trainer, fit: FitState) -> dict[str, float]:
+    """Name -> the learning rate that it trains at, or would if it weren't frozen."""
+    if fit.groups is not None:
+        return fit.groups.rates()
+    assert fit.index is not None
+    return learning_rates(fit.index, trainer.optimizers)
+
+
+def _held(trainer: Trainer, fit: FitState) -> set[int]:
+    """Ids of what the optimizers hold, frozen or not."""
+    if fit.groups is None:
+        return set().union(*map(ids_held, trainer.optimizers))
+    return {id(p) for lists in fit.groups.whole_lists() for params in lists for p in params}

@@ -6,11 +6,9 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_freeze.model.index import ModelIndex
 from lightning_freeze.model.selectors import Selectors, select
@@ -18,9 +16,11 @@ from lightning_freeze.schedule.plan import FreezePlan
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
-# What a plan switched off, so that a later fit can tell it from what the user froze.
-_frozen_by_plan: Any = WeakTensorKeyDictionary()
-_mode_before: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+# Notes in a module's `__dict__`, which go along when a model is copied or pickled: the keys of its
+# own parameters that a plan switched off, so that a later fit can tell them from what the user
+# froze; and the mode that it had before `freeze`.
+_FROZEN_BY_PLAN = "_frozen_by_lightning_freeze"
+_MODE_BEFORE = "_mode_before_lightning_freeze"
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -60,7 +60,10 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
         for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off)):
             inside = index.within(index.modules[path])
             if not inside or chosen.intersection(inside):
-                _set_mode(index.modules[path], train=False)
+                module = index.modules[path]
+                if module.training:
+                    vars(module).setdefault(_MODE_BEFORE, True)
+                    module.training = False  # not .eval(): that recurses, and users override it
     return names
 
 
@@ -92,8 +95,8 @@ def unfreeze(model: nn.Module, selectors: Selectors) -> tuple[str, ...]:
     off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
     quiet = {id(index.modules[p]) for p in quiet_modules(index, FreezePlan(off, off))}
     for module in index.modules.values():
-        if module in _mode_before and id(module) not in quiet:
-            module.training = _mode_before.pop(module)
+        if _MODE_BEFORE in vars(module) and id(module) not in quiet:
+            module.training = vars(module).pop(_MODE_BEFORE)
     return names
 
 
@@ -102,8 +105,24 @@ def frozen_by_user(index: ModelIndex) -> frozenset[str]:
     return frozenset(
         name
         for name, parameter in index.parameters.items()
-        if not parameter.requires_grad and parameter not in _frozen_by_plan
+        if not parameter.requires_grad and not _is_by_plan(index, name)
     )
+
+
+def _is_by_plan(index: ModelIndex, name: str) -> bool:
+    owner, _, key = name.rpartition(".")
+    return key in vars(index.modules[owner]).get(_FROZEN_BY_PLAN, ())
+
+
+def _note(index: ModelIndex, name: str, *, by_plan: bool) -> None:
+    owner, _, key = name.rpartition(".")
+    notes = vars(index.modules[owner])
+    if by_plan:
+        notes.setdefault(_FROZEN_BY_PLAN, set()).add(key)
+    elif key in notes.get(_FROZEN_BY_PLAN, ()):
+        notes[_FROZEN_BY_PLAN].remove(key)
+        if not notes[_FROZEN_BY_PLAN]:
+            del notes[_FROZEN_BY_PLAN]
 
 
 def release(index: ModelIndex, claimed: Iterable[str] = ()) -> None:
@@ -111,12 +130,9 @@ def release(index: ModelIndex, claimed: Iterable[str] = ()) -> None:
 
     Then a `configure_optimizers` that filters on `requires_grad` sees all that will ever train.
     """
-    names = [name for name, p in index.parameters.items() if p in _frozen_by_plan]
+    names = [name for name in index.parameters if _is_by_plan(index, name)]
     names += [name for name in claimed if can_train(index.parameters[name])]
     _set_flags(index, names, trains=True, by_plan=True)
-    for module in index.modules.values():
-        if module in _mode_before:
-            module.training = _mode_before.pop(module)
 
 
 def _set_flags(index: ModelIndex, names: Iterable[str], *, trains: bool, by_plan: bool) -> None:
@@ -124,19 +140,12 @@ def _set_flags(index: ModelIndex, names: Iterable[str], *, trains: bool, by_plan
         parameter = index.parameters[name]
         if not trains:
             if by_plan and parameter.requires_grad:
-                _frozen_by_plan[parameter] = True
+                _note(index, name, by_plan=True)
             parameter.grad = None
         if trains or not by_plan:
-            _frozen_by_plan.pop(parameter, None)
+            _note(index, name, by_plan=False)
         if parameter.requires_grad != trains:
             parameter.requires_grad = trains
-
-
-def _set_mode(module: nn.Module, *, train: bool) -> None:
-    # the attribute, not .train(): that recurses, and users override it
-    if module.training != train:
-        _mode_before.setdefault(module, module.training)
-        module.training = train
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -181,7 +190,6 @@ class Snapshot:
     flags: Mapping[str, bool]
     modes: Mapping[str, bool]
     by_plan: frozenset[str]
-    mode_before: Mapping[str, bool]
 
     @classmethod
     def of(cls, index: ModelIndex) -> Snapshot:
@@ -189,8 +197,7 @@ class Snapshot:
         return cls(
             {name: p.requires_grad for name, p in index.parameters.items()},
             {path: module.training for path, module in index.modules.items()},
-            frozenset(name for name, p in index.parameters.items() if p in _frozen_by_plan),
-            {path: _mode_before[m] for path, m in index.modules.items() if m in _mode_before},
+            frozenset(name for name in index.parameters if _is_by_plan(index, name)),
         )
 
     def restore(self, index: ModelIndex) -> None:
@@ -201,17 +208,10 @@ class Snapshot:
             parameter = index.parameters[name]
             if parameter.requires_grad != flag:
                 parameter.requires_grad = flag
-            _frozen_by_plan.pop(parameter, None)
-            if name in self.by_plan:
-                _frozen_by_plan[parameter] = True
+            _note(index, name, by_plan=name in self.by_plan)
         for path, mode in self.modes.items():
-            if path not in index.modules:
-                continue
-            module = index.modules[path]
-            module.training = mode
-            _mode_before.pop(module, None)
-            if path in self.mode_before:
-                _mode_before[module] = self.mode_before[path]
+            if path in index.modules:
+                index.modules[path].training = mode
 
 
 class _Guard:
@@ -243,9 +243,11 @@ class Applier:
 
         Args:
             index: the model.
-            trained: names that will train at some time in this fit and that an optimizer holds.
+            trained: names that will train at some time in this fit and that an optimizer holds;
+                what of them `from_pretrained` left in eval mode is put in train mode.
         """
         self.index = index
+        self._before = {id(m): m.training for m in index.modules.values()}
         self.woken = self._wake(frozenset(trained))
         self._original = {id(m): m.training for m in index.modules.values()}
         self._quiet: list[nn.Module] = []
@@ -303,7 +305,6 @@ class Applier:
         for module in self._quiet:
             if id(module) not in kept:
                 module.training = self._original[id(module)]
-                _mode_before.pop(module, None)
         self._quiet = quiet
         self.reassert()
         known = set(paths)
@@ -314,7 +315,7 @@ class Applier:
         """Put frozen modules back in eval mode if somebody called ``train()``."""
         for module in self._quiet:
             if module.training:
-                _set_mode(module, train=False)
+                module.training = False
 
     @property
     def quiet(self) -> list[nn.Module]:
@@ -323,13 +324,18 @@ class Applier:
 
     def _guard(self, roots: list[str]) -> None:
         """Reassert when a frozen module is entered: ``train()`` may be called inside a step."""
-        self.stop()
-
+        self._take_guards_off()
         guard = _Guard(self)
         self._guards = [self.index.modules[r].register_forward_pre_hook(guard) for r in roots]
 
-    def stop(self) -> None:
-        """Take the guards off the model."""
+    def _take_guards_off(self) -> None:
         for handle in self._guards:
             handle.remove()
         self._guards = []
+
+    def stop(self) -> None:
+        """At the end of the fit: no guards, and frozen modules in the modes that they had."""
+        self._take_guards_off()
+        for module in self._quiet:
+            module.training = self._before[id(module)]
+        self._quiet = []

@@ -1,35 +1,24 @@
-"""The only writer of optimizer groups and scheduler lists.
+"""The only writer of optimizer groups: the user's, without what is frozen.
 
-A user's parameter groups are split once, per layer group. From then on a frozen group's `params`
-list is empty, and freezing or unfreezing only empties and fills lists: the number of groups never
-changes, so every scheduler goes on working and every checkpoint has one shape.
+Groups keep their number, order, names and options. Freezing and unfreezing filter each group's
+`params` list in place, in the user's order, and the lists are whole again around saving and
+loading, so that a checkpoint has the user's shape. Factors on learning rates act inside the step
+alone: see `step_view`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from itertools import compress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from lightning_freeze.engine.step_view import StepView
 from lightning_freeze.errors import ArgumentError, UnsupportedError
 from lightning_freeze.model.index import ModelIndex
-from lightning_freeze.report.labels import Names
-
-FACTOR = "lr_factor"
-USER_LR = "user_lr"
-_OURS = ("name", FACTOR, USER_LR)
-
-# lists that hold one value per parameter group, in torch's, transformers' and timm's schedulers
-_PER_GROUP = re.compile(r"(lrs?|momentums?|lambdas|base_values)$")
 
 _REFUSED = {
     "LBFGS": "it takes one parameter group, keeps a list of its own, and moves what was frozen",
@@ -38,146 +27,367 @@ _REFUSED = {
 }
 
 
-def check_supported(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers whose groups can't be split.
+@dataclass
+class _List:
+    """One `params` list of the user's.
+
+    Attributes:
+        params: the list itself.
+        full: what it holds when nothing is frozen, in the user's order.
+        shown: ids of what was left in it last; what the user adds or takes out differs from that.
+        names: id of a parameter -> its entry in the group's `param_names`.
+    """
+
+    params: list[nn.Parameter]
+    full: list[nn.Parameter]
+    shown: set[int]
+    names: dict[int, str] = field(default_factory=dict)
+
+
+class OptimizerGroups:
+    """The optimizers of one fit, without what is frozen.
+
+    Attributes:
+        index: names the parameters; what it doesn't know is never frozen.
+        optimizers: as the trainer holds them.
+        held: names of the model's parameters that any of them holds, frozen or not.
+        factors: name -> factor on its learning rate, where it isn't 1.
+        loaded: whether optimizer state was loaded since the last `sync`.
+    """
+
+    def __init__(
+        self, index: ModelIndex, optimizers: Sequence[Optimizer], factors: Mapping[str, float]
+    ) -> None:
+        """Take the groups down; nothing is changed yet.
+
+        Args:
+            index: of the model.
+            optimizers: the trainer's; those that they keep inside are found.
+            factors: parameter name -> factor on the learning rate, 1.0 where absent.
+
+        Raises:
+            UnsupportedError: an optimizer can't be served; nothing is changed then.
+        """
+        self.index = index
+        self.optimizers = list(optimizers)
+        self.factors = {name: factor for name, factor in factors.items() if factor != 1.0}
+        self.loaded = False
+        self._by_id = {id(index.parameters[n]): factor for n, factor in self.factors.items()}
+        self._every = with_inner(optimizers)
+        own = [_stepped_by(optimizer) for optimizer in self._every]
+        for optimizer, ids in zip(self._every, own):
+            _check(optimizer, ids, ids & self._by_id.keys())
+        self._frozen: frozenset[int] = frozenset()
+        self._open = False  # whether what is frozen stands in the lists for a while
+        self._held_open = False
+        self._lists: dict[Any, _List] = {}
+        self._born = [_state_at_birth(optimizer) for optimizer in self._every]
+        self._views = [
+            StepView(optimizer, self._by_id, self.settle)
+            for optimizer, ids in zip(self._every, own)
+            if ids and _runs_hooks(optimizer)
+        ]
+        self._hooks: list[Any] = []
+        for optimizer in self._every:
+            with suppress(AttributeError):  # one that never called torch's `__init__` has no hooks
+                self._hooks += [
+                    optimizer.register_state_dict_pre_hook(lambda _: self.make_whole()),
+                    optimizer.register_load_state_dict_pre_hook(self._before_load),
+                ]
+        self.held = frozenset(
+            index.name_of[id(p)]
+            for lists in self.whole_lists()
+            for params in lists
+            for p in params
+            if id(p) in index.name_of
+        )
+
+    def sync(self, frozen: frozenset[str]) -> None:
+        """Take what is frozen out of the groups, and drop its state; the rest comes back.
+
+        Args:
+            frozen: names of the parameters that don't train from now on.
+        """
+        parameters = self.index.parameters
+        self._frozen = frozenset(id(parameters[name]) for name in frozen)
+        self.loaded = False
+        self._show(self._frozen)
+        for optimizer, born in zip(self._every, self._born):
+            for parameter in [p for p in optimizer.state if id(p) in self._frozen]:
+                state, kept = optimizer.state[parameter], born.get(id(parameter), ())
+                if not kept:
+                    del optimizer.state[parameter]
+                    continue
+                for key in [key for key in state if key not in kept]:
+                    del state[key]
+
+    def settle(self) -> None:
+        """Before a batch or step: a checkpoint has been written or read; filter the lists again."""
+        if self._open and not self._held_open:
+            self._show(self._frozen)
+
+    def make_whole(self) -> None:
+        """Before saving and loading: lists as the user made them, until `settle`."""
+        self._show(frozenset())
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """Inside, lists stay whole, although torch.distributed.checkpoint takes a step there."""
+        self._held_open = True
+        self.make_whole()
+        try:
+            yield
+        finally:
+            self._held_open, self.loaded = False, True
+
+    def stop(self) -> None:
+        """At the end of the fit: whole lists, and no hooks."""
+        self.make_whole()
+        for view in self._views:
+            view.stop()
+        for hook in self._hooks:
+            hook.remove()
+
+    def whole_lists(self) -> list[list[list[nn.Parameter]]]:
+        """For each of the trainer's optimizers and its groups: what it holds, frozen or not."""
+        known = {id(group["params"]): found.full for group, found in self._follow()}
+        return [
+            [list(known[id(group["params"])]) for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
+
+    def rates(self) -> dict[str, float]:
+        """Name -> learning rate that it trains at, or would if it weren't frozen."""
+        found = {}
+        for optimizer, lists in zip(self.optimizers, self.whole_lists()):
+            for group, params in zip(optimizer.param_groups, lists):
+                if group.get("lr") is None:
+                    continue
+                for parameter in params:
+                    name = self.index.name_of.get(id(parameter))
+                    if name is not None:
+                        found[name] = float(group["lr"]) * self.factors.get(name, 1.0)
+        return found
+
+    @property
+    def steps(self) -> int:
+        """How many steps of the optimizers went through this engine."""
+        return sum(view.steps for view in self._views)
+
+    def state(self) -> dict[str, Any]:
+        """For the callbacks' part of a checkpoint, as plain values."""
+        name_of = self.index.name_of
+        return {
+            "held": [
+                [[name_of.get(id(p), "") for p in params] for params in lists]
+                for lists in self.whole_lists()
+            ],
+            "factors": dict(self.factors),
+            "parts": [view.state() for view in self._views],
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, beside the optimizers' own state."""
+        for view, parts in zip(self._views, saved.get("parts", ())):
+            view.restore(parts)
+
+    def difference(self, saved: Mapping[str, Any]) -> str:
+        """What a checkpoint has otherwise, and what to do; empty where it fits.
+
+        torch restores optimizer state by place: tensors that lie otherwise would get one another's
+        moments, and nothing would say so. A name that is gone was renamed, and is no difference.
+
+        Args:
+            saved: what `state` gave.
+        """
+        held = self.state()["held"]
+        theirs = saved.get("held", held)
+        sizes, other = ([[len(names) for names in o] for o in each] for each in (held, theirs))
+        changed = (
+            "The model or `configure_optimizers` have changed since: build them as that run did"
+        )
+        if sizes != other:
+            return (
+                f"its optimizer groups hold {other} tensors, those of this run {sizes}. {changed}"
+            )
+        for groups, saved_groups in zip(held, theirs):
+            known = {name for names in groups for name in names}
+            for names, saved_names in zip(groups, saved_groups):
+                for mine, its in zip(names, saved_names):
+                    if mine != its and its in known:
+                        return (
+                            f"an optimizer group of this run holds `{mine}` where the "
+                            f"checkpoint's holds `{its}`. {changed}"
+                        )
+        factors = saved.get("factors", self.factors)
+        for name in self.index.parameters:
+            mine, its = self.factors.get(name, 1.0), factors.get(name, 1.0)
+            if mine != its:
+                return (
+                    f"`{name}` trains at {its:.6g} of the learning rate there, and at {mine:.6g} "
+                    "in this run. Use the `lr_decay` and `lr_scale` of the run that wrote it"
+                )
+        return ""
+
+    def _before_load(self, optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+        self.loaded = True
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if [len(group["params"]) for group in saved["param_groups"]] != sizes:
+            self.make_whole()
+
+    def _follow(self) -> list[tuple[dict[str, Any], _List]]:
+        """Each group with its list, after what the user has added or taken out since."""
+        found = []
+        for number, optimizer in enumerate(self._every):
+            shown = ids_held(optimizer)
+            for place, group in enumerate(optimizer.param_groups):
+                now = {id(p) for p in group["params"]}
+                known = self._lists.get(id(group["params"]))
+                if known is None or known.params is not group["params"]:
+                    known = self._lists.get((number, place))  # the user's list is a new one
+                if known is None:
+                    known = _List(group["params"], list(group["params"]), now)
+                hidden_here = {id(p) for p in known.full} - known.shown
+                known.full = [
+                    p
+                    for p in known.full
+                    if id(p) in now or (id(p) in hidden_here and id(p) not in shown)
+                ]
+                kept = {id(p) for p in known.full}
+                known.full += [p for p in group["params"] if id(p) not in kept]
+                known.params, known.shown = group["params"], now
+                self._lists[id(known.params)] = self._lists[number, place] = known
+                names = group.get("param_names", ())
+                if len(names) == len(now):
+                    known.names.update(zip(map(id, known.params), names))
+                found.append((group, known))
+        return found
+
+    def _show(self, hidden: frozenset[int]) -> None:
+        for group, known in self._follow():
+            known.params[:] = [p for p in known.full if id(p) not in hidden]
+            known.shown = {id(p) for p in known.params}
+            if "param_names" in group:
+                group["param_names"] = [known.names[id(p)] for p in known.params]
+        self._open = hidden != self._frozen
+
+
+def with_inner(optimizers: Iterable[Any]) -> list[Any]:
+    """Optimizers, and those that they keep in an attribute, or a list or dict of one."""
+    found = list(optimizers)
+    for optimizer in found:
+        ids = ids_held(optimizer)
+        for name, value in vars(optimizer).items():
+            several = value.values() if isinstance(value, dict) else value
+            if not isinstance(value, (dict, list, tuple)):
+                several = (value,)
+            if name not in ("state", "param_groups"):
+                found += [
+                    inner
+                    for inner in several
+                    if _is_optimizer(inner)
+                    and ids & ids_held(inner)
+                    and not any(inner is known for known in found)
+                ]
+    return found
+
+
+def _is_optimizer(value: Any) -> bool:
+    return hasattr(value, "param_groups") and hasattr(value, "step")
+
+
+def ids_held(optimizer: Any) -> set[int]:
+    """Ids of what stands in an optimizer's groups at present."""
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+def _stepped_by(optimizer: Any) -> set[int]:
+    """Ids of what an optimizer steps itself: what one inside holds, that one steps."""
+    inner = with_inner([optimizer])[1:]
+    return ids_held(optimizer).difference(*map(ids_held, inner))
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    return isinstance(optimizer, Optimizer) and "_optimizer_step_pre_hooks" in vars(optimizer)
+
+
+def _state_at_birth(optimizer: Any) -> dict[int, frozenset[str]]:
+    """Id of a parameter -> keys of the state that its optimizer makes when built, and never again.
+
+    torch's own make theirs anew at the next step, all but Adagrad.
+    """
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.optim.") and kind.__name__ != "Adagrad":
+        return {}
+    state = getattr(optimizer, "state", {})
+    return {id(p): frozenset(s) for p, s in state.items() if isinstance(s, dict)}
+
+
+def check_supported(optimizers: Iterable[Any]) -> None:
+    """Refuse optimizers whose groups can't be filtered.
 
     Raises:
         UnsupportedError: with the reason and what to use instead.
     """
     for optimizer in optimizers:
-        for base in type(optimizer).__mro__:
-            if base.__name__ in _REFUSED:
-                raise UnsupportedError(
-                    f"`{type(optimizer).__name__}` can't be used with layers that freeze or "
-                    f"unfreeze: {_REFUSED[base.__name__]}. Use AdamW, SGD or another optimizer "
-                    "with parameter groups, or freeze by hand before the fit and leave the "
-                    "freezing callbacks out."
-                )
+        _check(optimizer, _stepped_by(optimizer), set())
 
 
-@dataclass
-class _Split:
-    """How one optimizer was split, in terms of positions: load_state_dict replaces the dicts."""
+def _check(optimizer: Any, ids: set[int], scaled: set[int]) -> None:
+    """Refuse what can't be served.
 
-    schedulers: list[Any]
-    origin: list[int]
-    full: list[list[nn.Parameter]]
-    names: list[list[str] | None]
-    whole: list[list[nn.Parameter]]
-    whole_names: list[list[str] | None]
-    had_name: list[Any]
-
-
-_splits: WeakKeyDictionary[Optimizer, _Split] = WeakKeyDictionary()
-
-
-class OptimizerGroups:
-    """The optimizers of one fit, split per layer group.
-
-    Attributes:
-        optimizers: as the trainer holds them.
-        held: names of the model's parameters that any of them holds, frozen or not.
+    Args:
+        optimizer: one of the fit.
+        ids: of what it steps itself.
+        scaled: those of them that have a factor.
     """
-
-    def __init__(
-        self,
-        index: ModelIndex,
-        optimizers: Sequence[Optimizer],
-        schedulers: Iterable[Any],
-        layer_group: Mapping[str, str],
-        lr_scale: Mapping[str, float],
-    ) -> None:
-        """Split the groups.
-
-        Args:
-            index: names the parameters; what it doesn't know is never frozen.
-            optimizers: they are changed in place.
-            schedulers: of any of the optimizers; their per-group lists are extended to match.
-            layer_group: parameter name -> name of the group it freezes with.
-            lr_scale: parameter name -> factor on the learning rate, 1.0 where absent.
-
-        Raises:
-            UnsupportedError: an optimizer can't be split; nothing is changed then.
-        """
-        check_supported(optimizers)
-        self.index = index
-        self.optimizers = list(optimizers)
-        listed = list(schedulers)
-        self.held = frozenset(
-            index.name_of[id(parameter)]
-            for optimizer in optimizers
-            for group in whole_groups(optimizer)
-            for parameter in group
-            if id(parameter) in index.name_of
+    kind = type(optimizer)
+    why = next((_REFUSED[base.__name__] for base in kind.__mro__ if base.__name__ in _REFUSED), "")
+    if not why and ids and not _reads_its_groups(optimizer):
+        why = "its `param_groups` are made anew each time they are read, so they can't be changed"
+    if why:
+        raise UnsupportedError(
+            f"`{kind.__name__}` can't be used with layers that freeze or unfreeze: {why}. Use "
+            "AdamW, SGD or another optimizer with parameter groups, or freeze by hand before the "
+            "fit and leave the freezing callbacks out."
+        )
+    if not scaled:
+        return
+    without = any(
+        group.get("lr") is None and any(id(p) in scaled for p in group["params"])
+        for group in optimizer.param_groups
+    )
+    own = _own_list(optimizer, ids)
+    if without:
+        why = "it chooses its learning rate itself (`lr=None`)"
+    elif not _runs_hooks(optimizer):
+        why = "its `step` runs no hooks, because it isn't built by `torch.optim.Optimizer.__init__`"
+    elif own:
+        why = f"it keeps a list of its own beside its groups (`{own}`)"
+    if why:
+        raise UnsupportedError(
+            f"`{kind.__name__}` can't have a factor on its learning rates: {why}. Give it an `lr` "
+            "in groups of torch's kind, or leave `lr_decay` and `lr_scale` at 1.0."
         )
 
-        def key(parameter: nn.Parameter) -> tuple[str, float]:
-            name = index.name_of.get(id(parameter), "")
-            return layer_group.get(name, "other"), lr_scale.get(name, 1.0)
 
-        for optimizer in self.optimizers:
-            _join(optimizer)
-            _check_scalable(optimizer, key)
-        for optimizer in self.optimizers:
-            _split(optimizer, [s for s in listed if _optimizer_of(s) is optimizer], key)
+def _reads_its_groups(optimizer: Any) -> bool:
+    """Whether what is written to its groups is there when they are read again."""
+    pairs = list(zip(optimizer.param_groups, optimizer.param_groups))
+    return all(
+        one is other and isinstance(one["params"], list) and one["params"] is other["params"]
+        for one, other in pairs
+    )
 
-    def sync(self, frozen: frozenset[str]) -> None:
-        """Fill and empty the groups, and drop the optimizer state of what is frozen.
 
-        Args:
-            frozen: names of the parameters that don't train from now on.
-        """
-        name_of = self.index.name_of
-        for optimizer in self.optimizers:
-            split = _splits[optimizer]
-            for group, params, names in zip(optimizer.param_groups, split.full, split.names):
-                trains = [name_of.get(id(p)) not in frozen for p in params]
-                group["params"][:] = compress(params, trains)
-                if names is not None:
-                    group["param_names"] = list(compress(names, trains))
-                if optimizer.state and not all(trains):
-                    for parameter, kept in zip(params, trains):
-                        if not kept:
-                            optimizer.state.pop(parameter, None)
-
-    @contextmanager
-    def without_empty(self) -> Iterator[None]:
-        """Inside, optimizers have only groups that hold something; what is loaded there stays."""
-        whole = [list(optimizer.param_groups) for optimizer in self.optimizers]
-        for optimizer in self.optimizers:
-            optimizer.param_groups[:] = [g for g in optimizer.param_groups if g["params"]]
-        try:
-            yield
-        finally:
-            for optimizer, groups in zip(self.optimizers, whole):
-                held = iter(optimizer.param_groups)
-                optimizer.param_groups = [next(held) if g["params"] else g for g in groups]
-
-    def idle(self) -> list[dict[int, dict[str, Any]]]:
-        """The options of the empty groups of each optimizer, by position, as plain values."""
-        return [
-            {
-                position: {key: _plain(value) for key, value in group.items() if key != "params"}
-                for position, group in enumerate(optimizer.param_groups)
-                if not group["params"]
-            }
-            for optimizer in self.optimizers
-        ]
-
-    def restore_idle(self, saved: Sequence[Mapping[int, Mapping[str, Any]]]) -> None:
-        """Give empty groups back the options that they had."""
-        for optimizer, groups in zip(self.optimizers, saved):
-            for position, options in groups.items():
-                group = optimizer.param_groups[position]
-                for key, value in options.items():
-                    if isinstance(group.get(key), Tensor):
-                        _assign(group, key, value)
-                    elif key in group:
-                        group[key] = value
-
-    def origins(self) -> list[list[int]]:
-        """The place of the user's group that each group of each optimizer is a part of."""
-        return [list(_splits[optimizer].origin) for optimizer in self.optimizers]
+def _own_list(optimizer: Any, ids: set[int]) -> str:
+    """The attribute in which an optimizer keeps its tensors beside its groups; empty if none."""
+    lists = [group["params"] for group in optimizer.param_groups]
+    for name, value in vars(optimizer).items():
+        apart = isinstance(value, (list, tuple)) and not any(value is params for params in lists)
+        if apart and value and all(id(item) in ids for item in value):
+            return str(name)
+    return ""
 
 
 def listed(given: Any) -> list[Optimizer]:
@@ -232,205 +442,10 @@ def forget(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) 
 
 
 def learning_rates(index: ModelIndex, optimizers: Iterable[Optimizer]) -> dict[str, float]:
-    """Parameter name -> learning rate now, for what any optimizer holds, frozen or not."""
+    """Parameter name -> learning rate of the group that it stands in at present."""
     found: dict[int, float] = {}
     for optimizer in optimizers:
-        split = _splits.get(optimizer)
-        for position, group in enumerate(optimizer.param_groups):
-            known = split is not None and position < len(split.full)
-            params = split.full[position] if split is not None and known else group["params"]
+        for group in optimizer.param_groups:
             if group.get("lr") is not None:
-                found.update(dict.fromkeys(map(id, params), float(group["lr"])))
+                found.update(dict.fromkeys(map(id, group["params"]), float(group["lr"])))
     return {name: found[id(p)] for name, p in index.parameters.items() if id(p) in found}
-
-
-def whole_groups(optimizer: Optimizer) -> list[list[nn.Parameter]]:
-    """The parameters of each group as the user made it, with what is frozen now."""
-    split = _splits.get(optimizer)
-    return [group["params"] for group in optimizer.param_groups] if split is None else split.whole
-
-
-def release(index: ModelIndex) -> None:
-    """Before a fit: give optimizers that an earlier fit split their user's groups back."""
-    for optimizer in list(_splits):
-        if any(id(p) in index.name_of for params in _splits[optimizer].whole for p in params):
-            _join(optimizer)
-
-
-def _optimizer_of(scheduler: Any) -> Any:
-    return getattr(scheduler, "optimizer", None)
-
-
-def _check_scalable(optimizer: Optimizer, key: Callable[[nn.Parameter], tuple[str, float]]) -> None:
-    for group in optimizer.param_groups:
-        if group.get("lr") is None and any(key(p)[1] != 1.0 for p in group["params"]):
-            raise UnsupportedError(
-                f"`{type(optimizer).__name__}` chooses its learning rate itself (`lr=None`), so "
-                "a factor on it has no meaning. Give it an `lr`, or leave `lr_decay` and "
-                "`lr_scale` at 1.0."
-            )
-
-
-def _split(
-    optimizer: Optimizer,
-    schedulers: list[Any],
-    key: Callable[[nn.Parameter], tuple[str, float]],
-) -> None:
-    split = _Split(schedulers, [], [], [], [], [], [])
-    groups: list[dict[str, Any]] = []
-    several = len(optimizer.param_groups) > 1
-    for position, group in enumerate(optimizer.param_groups):
-        params = list(group["params"])
-        names = list(group["param_names"]) if "param_names" in group else None
-        split.whole.append(params)
-        split.whole_names.append(names)
-        split.had_name.append(group.get("name"))
-        buckets: dict[tuple[str, float], list[int]] = {}
-        for i, parameter in enumerate(params):
-            buckets.setdefault(key(parameter), []).append(i)
-        for (label, factor), members in (buckets or {("empty", 1.0): []}).items():
-            fresh = {k: _copy(v) for k, v in group.items() if k not in ("params", "param_names")}
-            fresh["params"] = [params[i] for i in members]
-            if names is not None:
-                fresh["param_names"] = [names[i] for i in members]
-            suffix = group.get("name", position if several else None)
-            fresh["name"] = label if suffix is None else f"{label}/{suffix}"
-            if factor != 1.0:
-                fresh[FACTOR] = factor
-                fresh[USER_LR] = _copy(fresh["lr"])
-                fresh["lr"] = fresh["lr"] * factor
-            groups.append(fresh)
-            split.origin.append(position)
-            split.full.append(list(fresh["params"]))
-            split.names.append(list(fresh["param_names"]) if names is not None else None)
-    _unique_names(groups)
-    old = len(optimizer.param_groups)
-    optimizer.param_groups[:] = groups
-    scaled = any(FACTOR in group for group in groups)
-    for scheduler in schedulers:
-        _regroup(scheduler, old, split.origin)
-        if scaled:
-            _scale(scheduler)
-    _splits[optimizer] = split
-
-
-def _unique_names(groups: list[dict[str, Any]]) -> None:
-    """LearningRateMonitor refuses two groups of one name."""
-    give = Names()
-    for group in groups:
-        group["name"] = give(str(group["name"]))
-
-
-def _join(optimizer: Optimizer) -> None:
-    """Undo `_split`: the user's own groups, with their present options."""
-    split = _splits.pop(optimizer, None)
-    if split is None:
-        return
-    groups: list[dict[str, Any]] = []
-    places: dict[int, int] = {}
-    for place, position in enumerate(split.origin):
-        places.setdefault(position, place)
-    first = [places[position] for position in range(len(split.whole))]
-    for position, params in enumerate(split.whole):
-        group = dict(optimizer.param_groups[first[position]])
-        group["params"] = list(params)
-        if split.whole_names[position] is not None:
-            group["param_names"] = split.whole_names[position]
-        if USER_LR in group:
-            group["lr"] = group[USER_LR]
-        for name in _OURS:
-            group.pop(name, None)
-        if split.had_name[position] is not None:
-            group["name"] = split.had_name[position]
-        groups.append(group)
-    for scheduler in split.schedulers:
-        _unscale(scheduler)
-        _regroup(scheduler, len(split.origin), first)
-    optimizer.param_groups[: len(split.origin)] = groups
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item() if value.numel() == 1 else value.tolist()
-    return value
-
-
-def _copy(value: Any) -> Any:
-    # a tensor lr is written in place: two groups must not share one
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return list(value) if type(value) is list else value
-
-
-def _regroup(scheduler: Any, old: int, origin: Sequence[int]) -> None:
-    """Give a scheduler's per-group lists, and those of schedulers inside it, one value a group."""
-    for attribute, value in vars(scheduler).items():
-        if isinstance(value, list) and len(value) == old and _PER_GROUP.search(attribute):
-            setattr(scheduler, attribute, [_copy(value[position]) for position in origin])
-    for inner in getattr(scheduler, "_schedulers", None) or ():
-        _regroup(inner, old, origin)
-
-
-@contextmanager
-def _user_lrs(optimizer: Optimizer) -> Iterator[None]:
-    """Inside, groups have the lr that the user's scheduler computes; outside, that times a factor.
-
-    A scheduler that derives the next lr from the present one, or adds a floor to it, is exact only
-    on the lr that it wrote itself.
-    """
-    scaled = [group for group in optimizer.param_groups if FACTOR in group]
-    for group in scaled:
-        untouched = bool(group["lr"] == group[USER_LR] * group[FACTOR])
-        _assign(group, "lr", group[USER_LR] if untouched else group["lr"] / group[FACTOR])
-    try:
-        yield
-    finally:
-        for group in scaled:
-            _assign(group, USER_LR, group["lr"])
-            _assign(group, "lr", group["lr"] * group[FACTOR])
-
-
-def _assign(group: dict[str, Any], key: str, value: Any) -> None:
-    if isinstance(group[key], Tensor):
-        with torch.no_grad():
-            group[key].copy_(torch.as_tensor(value))
-    else:
-        group[key] = value
-
-
-@cache
-def _scaled_class(kind: Any) -> Any:
-    """A scheduler class whose `step` sees the user's lrs.
-
-    The class is swapped rather than the method, since an attribute would go into `state_dict`.
-    """
-
-    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
-        def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _user_lrs(self.optimizer):
-                result = method(self, *args, **kwargs)
-            if hasattr(self, "_last_lr"):
-                self._last_lr = [_copy(group["lr"]) for group in self.optimizer.param_groups]
-            return result
-
-        return step
-
-    body = {
-        name: wrap(getattr(kind, name)) for name in ("step", "step_update") if hasattr(kind, name)
-    }
-    return type(
-        kind.__name__, (kind,), {**body, "__module__": kind.__module__, "_user_class": kind}
-    )
-
-
-def _scale(scheduler: Any) -> None:
-    if "_user_class" not in vars(type(scheduler)):
-        kind: Any = type(scheduler)
-        scheduler.__class__ = _scaled_class(kind)
-    if hasattr(scheduler, "_last_lr"):
-        scheduler._last_lr = [_copy(group["lr"]) for group in scheduler.optimizer.param_groups]
-
-
-def _unscale(scheduler: Any) -> None:
-    if "_user_class" in vars(type(scheduler)):
-        scheduler.__class__ = type(scheduler)._user_class

@@ -1,17 +1,17 @@
-"""Which tensors were re-initialised, and with which bytes: a record that outlives no tensor."""
+"""Which tensors were re-initialised, and with which bytes: a note on the tensor itself.
+
+A copy of a model is another one: copies of tensors don't have the note.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_freeze.fingerprint import fingerprint
 
-# by identity, and weak: a copy of a model is another one, and a model that is gone is forgotten
-_fresh: Any = WeakTensorKeyDictionary()
+_NOTE = "_reinitialized_by_lightning_freeze"
 
 
 def remember(tensor: Tensor, digest: str) -> None:
@@ -21,20 +21,21 @@ def remember(tensor: Tensor, digest: str) -> None:
         tensor: the Parameter itself.
         digest: its `fingerprint` right after.
     """
-    _fresh[tensor] = digest
+    setattr(tensor, _NOTE, digest)
 
 
 def forget(tensors: Iterable[Tensor]) -> None:
     """Drop what is noted, as where a resume's weights have taken the place of fresh values."""
     for tensor in tensors:
-        _fresh.pop(tensor, None)
+        vars(tensor).pop(_NOTE, None)
 
 
 def is_renewed(tensor: Tensor) -> bool:
     """Whether a tensor was re-initialised, whatever became of it since."""
-    return tensor in _fresh
+    return hasattr(tensor, _NOTE)
 
 
 def is_still_fresh(tensor: Tensor) -> bool:
     """Whether a re-initialised tensor has the bytes that it was given then."""
-    return tensor.device.type != "meta" and _fresh.get(tensor) == fingerprint(tensor)
+    noted = getattr(tensor, _NOTE, None)
+    return noted is not None and tensor.device.type != "meta" and noted == fingerprint(tensor)

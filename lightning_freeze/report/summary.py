@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_freeze.checkpoints.origin.find import find_origins
 from lightning_freeze.checkpoints.origin.frozen import never_learns
 from lightning_freeze.checkpoints.origin.states import UNKNOWN, Origins
-from lightning_freeze.engine.optimizers import learning_rates, listed, whole_groups
+from lightning_freeze.engine.optimizers import ids_held, learning_rates, listed
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.model.index import ModelIndex, some
 from lightning_freeze.model.layer_groups import LayerGroup, groups_of
@@ -204,11 +204,12 @@ def rows_of(
     groups: Iterable[LayerGroup],
     optimizers: Sequence[Optimizer] | None = None,
     origins: Origins | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> tuple[Row, ...]:
     """One row per tensor of an indexed model, layer group by layer group."""
     come_from = origins or Origins()
-    lrs = learning_rates(index, optimizers or ())
-    held = {id(p) for o in optimizers or () for params in whole_groups(o) for p in params}
+    lrs = learning_rates(index, optimizers or ()) if rates is None else rates
+    held = set[int]().union(*map(ids_held, optimizers or ()))
     rows = []
     for group in groups:
         for name in group.parameters:

@@ -58,7 +58,8 @@ def merge(plans: Iterable[FreezePlan], before: Iterable[str] = ()) -> FreezePlan
         for name, factor in plan.lr_scale.items():
             scale[name] = scale.get(name, 1.0) * factor
     frozen = kept.union(*(plan.frozen for plan in listed))
-    quiet = kept.union(*(plan.quiet for plan in listed))
+    # what the user froze keeps the mode that the user gave it
+    quiet = frozenset[str]().union(*(plan.quiet for plan in listed))
     return FreezePlan(
         frozen=frozen,
         quiet=frozen if quiet == frozen else quiet,

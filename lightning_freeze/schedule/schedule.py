@@ -75,6 +75,10 @@ class UnfreezeSchedule:
             lr_scale=self.lr_scale,
         )
 
+    def without(self, names: frozenset[str]) -> UnfreezeSchedule:
+        """The same, but that it says nothing of some parameters."""
+        return replace(self, governed=self.governed - names) if names else self
+
     def turns(self) -> dict[str, tuple[int, ...]]:
         """Name of what is governed -> numbers of the stages in which it begins to train or stops.
 

@@ -67,7 +67,7 @@ def test_all_four_callbacks_run_from_a_yaml_config(cli: Callable[[str], Lightnin
     assert {name.split(".")[2] for name in trainable(run.model) if "blocks" in name} == {"1", "2"}
     audit = next(cb for cb in run.trainer.callbacks if isinstance(cb, TrainableParamAudit))
     assert audit.findings == []
-    lrs = {group["name"]: group["lr"] for group in run.trainer.optimizers[0].param_groups}
+    lrs = audit.moments[-1].lr
     assert lrs["backbone.blocks.2"] == 0.5 * lrs["head"]
 
 

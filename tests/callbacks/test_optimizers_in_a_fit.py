@@ -82,8 +82,8 @@ def test_every_form_of_configure_optimizers_unfreezes_and_trains(configure: Any)
     assert {n for n, _ in model.named_parameters()} <= changed(before, state(model))
     assert audit.findings == []
     if configure is named:
-        names = [group["param_names"] for group in run.optimizers[0].param_groups]
-        assert names[0] == ["backbone.embed.weight", "backbone.embed.bias"]
+        [group] = run.optimizers[0].param_groups
+        assert group["param_names"] == [name for name, _ in model.named_parameters()]
 
 
 class Two(Toy):
@@ -122,7 +122,7 @@ def test_two_optimizers_under_manual_optimisation_freeze_and_unfreeze() -> None:
     run.fit(model, loader())
     assert "backbone.embed.weight" in changed(before, state(model))
     body, head = run.optimizers
-    assert {group["lr"] for group in body.param_groups} == {1e-2 * 0.1 * 0.1 * 0.5}
+    assert [group["lr"] for group in body.param_groups] == [1e-2 * 0.1 * 0.1]
     assert [group["lr"] for group in head.param_groups] == [0.1 * 0.1 * 0.1]
     assert audit.findings == []
 
@@ -179,19 +179,3 @@ def test_accumulation_and_bf16_run_without_findings() -> None:
         trainer(GradualUnfreeze(), audit, epochs=5, **options).fit(model, loader())
         assert audit.findings == []
         assert "backbone.embed.weight" in changed(before, state(model))
-
-
-def test_learning_rate_monitor_shows_readable_names(tmp_path: Any) -> None:
-    from lightning.pytorch.callbacks import LearningRateMonitor
-    from lightning.pytorch.loggers import CSVLogger
-
-    model = seeded(lambda: Toy(as_dict))
-    monitor = LearningRateMonitor()
-    log = CSVLogger(tmp_path)
-    audit = TrainableParamAudit(table=False)
-    run = trainer(GradualUnfreeze(), monitor, audit, epochs=2, logger=log, log_every_n_steps=1)
-    run.fit(model, loader())
-    assert "lr-AdamW/backbone.blocks.2" in monitor.lrs
-    header = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().split("\n")[0]
-    assert "freeze/trainable_parameters" in header
-    assert "lr-AdamW/head" in header

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_freeze import ConflictError, GradualUnfreeze, ResumeError, TrainableParamAudit
+from lightning_freeze import ConflictError, GradualUnfreeze, TrainableParamAudit
 from lightning_freeze.schedule.rules import RandomLayers
 from tests.callbacks.recipes import OPTIMIZERS
 from tests.callbacks.test_oracle_resume import assert_equal, everything
@@ -200,20 +200,6 @@ def test_chain_thaw_by_a_metric_goes_on_when_it_stalls() -> None:
     trainer(chain, Look(), epochs=4).fit(seeded(Toy), loader(), loader(seed=2))
     assert seen[0] == {"head"}
     assert {"backbone.embed"} in seen
-
-
-def test_a_lisa_run_with_another_seed_is_no_resume(tmp_path: Path) -> None:
-    save = ModelCheckpoint(tmp_path, filename="a", every_n_epochs=3)
-    model = seeded(Toy)
-    run = trainer(GradualUnfreeze.lisa(1, 4), save, epochs=3, enable_checkpointing=True)
-    run.fit(model, loader())
-    differs = next(
-        seed for seed in range(1, 99) if RandomLayers(1, 4, seed).drawn(2, 3) != [0]
-        and RandomLayers(1, 4, seed).drawn(2, 3) != RandomLayers(1, 4, 0).drawn(2, 3)
-    )  # fmt: skip
-    other = trainer(GradualUnfreeze.lisa(1, 4, differs), epochs=4)
-    with pytest.raises(ResumeError, match="doesn't fit"):
-        other.fit(seeded(Toy), loader(), ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_stage_that_leaves_nothing_to_train_is_refused_before_the_first_batch() -> None:

@@ -14,7 +14,6 @@ from lightning_freeze import (
     FreezeBackbone,
     GradualUnfreeze,
     ReinitTopLayers,
-    ResumeError,
     TrainableParamAudit,
 )
 from tests.callbacks.recipes import EPOCHS, SCHEDULERS, configure
@@ -193,22 +192,3 @@ def test_reinitialised_layers_keep_their_training_on_a_resume(tmp_path: Path) ->
     before = state(fresh)
     trainer(*callbacks("gradual"), Look(), epochs=3).fit(fresh, loader())
     assert "backbone.blocks.2.linear.weight" in changed(before, seen)
-
-
-def test_resume_without_the_callbacks_of_the_checkpoint_says_what_to_do(tmp_path: Path) -> None:
-    every = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    model = seeded(lambda: ByStep(configure("AdamW", "StepLR")))
-    save = ModelCheckpoint(tmp_path, filename="plain", **every)
-    trainer(save, epochs=1, enable_checkpointing=True).fit(model, loader())
-    with pytest.raises(ResumeError, match="written without it"):
-        fit(tmp_path, "StepLR", "gradual", ckpt_path=tmp_path / "plain.ckpt")
-
-
-def test_resume_with_another_layout_says_what_differs(tmp_path: Path) -> None:
-    every = {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-    fit(tmp_path, "StepLR", "gradual", every=every, epochs=2)
-    path = max(tmp_path.glob("*.ckpt"))
-    model = seeded(lambda: ByStep(configure("AdamW", "StepLR")))
-    other = GradualUnfreeze(layers_per_step=2)
-    with pytest.raises(ResumeError, match="doesn't fit"):
-        trainer(other, epochs=3).fit(model, loader(), ckpt_path=path)

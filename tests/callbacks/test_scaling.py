@@ -24,7 +24,7 @@ from lightning_freeze import (
     GradualUnfreeze,
     TrainableParamAudit,
 )
-from lightning_freeze.callbacks.fit_state import session_of
+from lightning_freeze.callbacks.fit_state import fit_state_of
 from lightning_freeze.engine.flags import Applier, quiet_modules
 from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.model.discovery import rules
@@ -77,7 +77,7 @@ def test_apply_and_sync_grow_as_the_model_does() -> None:
         index = ModelIndex.of(model)
         schedule = GradualUnfreeze().resolve(index)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        held = OptimizerGroups(index, [optimizer], [], schedule.layer_group, {})
+        held = OptimizerGroups(index, [optimizer], {})
         applier = Applier(index, index.parameters)
         half = len(schedule.stages) // 2
 
@@ -228,14 +228,19 @@ def test_a_model_that_changes_in_configure_model_is_frozen_as_it_is_then(
     change: Callable[[Toy], None],
 ) -> None:
     model = Late(change)
-    fit = trainer(GradualUnfreeze(start=1), max_epochs=1)
-    fit.fit(model, loader())
-    session = session_of(fit)
-    assert session is not None
-    assert session.index is not None
+    seen: list[dict[str, Any]] = []
+
+    class Look(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            fit = fit_state_of(trainer)
+            assert fit is not None
+            assert fit.index is not None
+            seen.append(fit.index.parameters)
+
+    trainer(GradualUnfreeze(start=1), Look(), max_epochs=1).fit(model, loader())
     now = ModelIndex.of(model)
-    assert list(session.index.parameters) == list(now.parameters)
-    assert all(session.index.parameters[n] is p for n, p in now.parameters.items())
+    assert list(seen[0]) == list(now.parameters)
+    assert all(seen[0][n] is p for n, p in now.parameters.items())
     trains = {name for name, p in now.parameters.items() if p.requires_grad}
     assert trains == {name for name in now.parameters if name.startswith("head")}
 

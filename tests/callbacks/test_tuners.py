@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from lightning_freeze import FreezeBackbone, GradualUnfreeze, ResumeError, TrainableParamAudit
+from lightning_freeze import FreezeBackbone, GradualUnfreeze, TrainableParamAudit
 from tests.toys import Toy, changed, loader, seeded, state, trainer
 
 
@@ -71,10 +71,3 @@ def test_a_learning_rate_that_was_looked_for_before_the_fit(tmp_path: Path) -> N
     model = fit(tmp_path, FreezeBackbone(), audit, tune=search)
     assert audit.findings == []
     assert {name.split(".")[0] for name in changed(before, state(model))} == {"head"}
-
-
-def test_a_checkpoint_of_another_run_is_still_refused(tmp_path: Path) -> None:
-    fit(tmp_path, epochs=1)
-    [path] = tmp_path.rglob("*.ckpt")
-    with pytest.raises(ResumeError, match="written without it"):
-        trainer(FreezeBackbone()).fit(seeded(Tuned), ckpt_path=path)

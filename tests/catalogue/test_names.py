@@ -29,6 +29,7 @@ from lightning_freeze import (
 )
 from lightning_freeze.engine.distributed import check_supported
 from tests.catalogue.harness import Do, audited, row
+from tests.oracle import Oracle
 from tests.toys import Backbone, Toy, changed, loader, seeded, state, trainable, trainer
 from tests.zoo import tiny_bert_lm
 
@@ -169,17 +170,11 @@ def test_c4_an_optimizer_pattern_for_frozen_parameters_still_matches() -> None:
     model.backbone.embed.requires_grad_(False)
     with pytest.raises(ValueError, match=r"'\*.embed.\*' does not match any parameters"):
         trainer(epochs=1).fit(model, loader())  # the failure
-    rates: list[list[float]] = []
-
-    def note(fit: Any, module: Any) -> None:
-        groups = fit.optimizers[0].param_groups
-        rates.append([group["lr"] for group in groups if group["params"]])
-
+    oracle, late = Oracle(), GradualUnfreeze({0: ["head", "blocks.2"], 1: "**"})
     model = strict()
-    late = GradualUnfreeze({0: ["head", "blocks.2"], 1: "**"})
-    assert "backbone.embed.weight" in moved(model, late, Do(on_train_epoch_end=note))
-    assert set(rates[0]) == {1e-2, 1e-1}
-    assert set(rates[1]) == {1e-3, 1e-2, 1e-1}  # its group waited for it
+    assert "backbone.embed.weight" in moved(model, late, oracle)
+    assert oracle.wrong == []  # its group waited for it, with its rate
+    assert set(oracle.lrs[0]) == {1e-3, 1e-2, 1e-1}
     kept = moved(strict(), GradualUnfreeze({0: ["head", "blocks.2"], 9: "**"}))
     assert not any("embed" in name for name in kept)  # and until then it stayed
 

@@ -15,14 +15,13 @@ import pytest
 import torch
 
 from lightning_freeze import GradualUnfreeze, ReinitTopLayers
-from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._following import Following
 from lightning_freeze.callbacks.base import FreezingCallback
+from lightning_freeze.callbacks.fit_state import FitState
 from lightning_freeze.callbacks.trainable_param_audit import TrainableParamAudit
 from lightning_freeze.checkpoints import files
 from lightning_freeze.engine import flags as apply
 from lightning_freeze.engine import optimizers
-from lightning_freeze.engine.layout import Layout
 from tests.callbacks.test_oracle_resume import assert_equal
 from tests.catalogue.harness import Do
 from tests.interruption.harness import Place, check_files, fit, one_life, outcome, prepared
@@ -92,14 +91,14 @@ def after(call: Callable[..., Any], act: Callable[..., Any]) -> Callable[..., An
 
 @mutation("saving", "doesn't fit GradualUnfreeze")
 def the_saved_stage_is_one_too_high(patch: Any) -> None:
-    more = after(_session.Session.state, lambda state, *_: {**state, "stage": state["stage"] + 1})
-    patch(_session.Session, "state", more)
+    more = after(FitState.state, lambda state, *_: {**state, "stage": state["stage"] + 1})
+    patch(FitState, "state", more)
 
 
 @mutation("saving", "doesn't fit GradualUnfreeze")
 def the_saved_stage_is_one_too_low(patch: Any) -> None:
-    less = after(_session.Session.state, lambda state, *_: {**state, "stage": state["stage"] - 1})
-    patch(_session.Session, "state", less)
+    less = after(FitState.state, lambda state, *_: {**state, "stage": state["stage"] - 1})
+    patch(FitState, "state", less)
 
 
 @mutation("saving", "AssertionError", at=9, make=by_metric)
@@ -130,7 +129,7 @@ def the_saved_stage_is_not_taken_up(patch: Any) -> None:
 
 @mutation("resuming", "AssertionError")
 def a_resume_unfreezes_too_much_and_nobody_compares(patch: Any) -> None:
-    resume = _session.Session.resume
+    resume = FitState.resume
 
     def wrong(self: Any, trainer: Any, resumed: Any) -> None:
         resume(self, trainer, resumed)
@@ -142,13 +141,12 @@ def a_resume_unfreezes_too_much_and_nobody_compares(patch: Any) -> None:
 
         self.tick = late
 
-    patch(_session.Session, "resume", wrong)
-    patch(Layout, "difference", lambda *_: "")
+    patch(FitState, "resume", wrong)
 
 
 def first_tick(act: Callable[[Any], None], patch: Any) -> None:
     """Does something before the first batch of a resume, behind all that was restored."""
-    tick = _session.Session.tick
+    tick = FitState.tick
 
     def both(self: Any, trainer: Any) -> None:
         if self._resumed and not hasattr(self, "mutated"):
@@ -156,49 +154,36 @@ def first_tick(act: Callable[[Any], None], patch: Any) -> None:
             act(self)
         tick(self, trainer)
 
-    patch(_session.Session, "tick", both)
+    patch(FitState, "tick", both)
 
 
 @mutation("resuming", "AssertionError")
 def the_optimizer_state_of_what_unfroze_last_is_not_restored(patch: Any) -> None:
     def forget(session: Any) -> None:
         [optimizer] = session.groups.optimizers
-        lowest = next(group for group in optimizer.param_groups if group["params"])
-        for parameter in lowest["params"]:
+        for parameter in optimizer.param_groups[0]["params"][:2]:
             del optimizer.state[parameter]
 
     first_tick(forget, patch)
 
 
 @mutation("resuming", "AssertionError")
-def the_learning_rate_of_a_frozen_group_is_not_restored(patch: Any) -> None:
-    def reset(session: Any) -> None:
-        [optimizer] = session.groups.optimizers
-        frozen = next(group for group in optimizer.param_groups if not group["params"])
-        frozen["lr"] = frozen["initial_lr"]
-
-    first_tick(reset, patch)
-
-
-@mutation("resuming", "AssertionError")
-def a_scheduler_knows_no_factors_after_a_resume(patch: Any) -> None:
-    def unscale(session: Any) -> None:
-        for optimizer in session.groups.optimizers:
-            for scheduler in optimizers._splits[optimizer].schedulers:
-                optimizers._unscale(scheduler)
+def factors_are_forgotten_after_a_resume(patch: Any) -> None:
+    def unscale(fit: Any) -> None:
+        fit.groups._by_id.clear()
 
     first_tick(unscale, patch)
 
 
 @mutation("resuming", "this run [[1.0, 1.0")
 def a_resume_has_no_factors(patch: Any) -> None:
-    merged = _session.Session._merged
+    merged = FitState._merged
 
     def without(self: Any, stages: Any) -> Any:
         plan = merged(self, stages)
         return type(plan)(plan.frozen, plan.quiet, plan.lively, plan.claimed)
 
-    patch(_session.Session, "_merged", without)
+    patch(FitState, "_merged", without)
 
 
 @mutation("resuming", "AssertionError")
@@ -214,9 +199,9 @@ def frozen_modules_are_not_put_in_eval_mode(patch: Any) -> None:
 
 @mutation("resuming", "AssertionError", at=5)
 def what_is_due_inside_an_epoch_waits_for_the_next(patch: Any) -> None:
-    tick = _session.Session.tick
+    tick = FitState.tick
     patch(
-        _session.Session,
+        FitState,
         "tick",
         lambda self, trainer: None if trainer.fit_loop.batch_idx else tick(self, trainer),
     )
