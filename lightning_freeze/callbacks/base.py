@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-
 from lightning_freeze.callbacks import fit_state as _session
 from lightning_freeze.callbacks._copies import own_state
+from lightning_freeze.callbacks._lightning import Callback, LightningModule, Trainer, is_fitting
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
 from lightning_freeze.engine.distributed import together
 from lightning_freeze.errors import ResumeError
@@ -42,7 +40,7 @@ class FreezingCallback(_session.Freezing):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             self._loaded = None
             self._session = _session.enter(trainer, pl_module, self)
 
@@ -50,7 +48,7 @@ class FreezingCallback(_session.Freezing):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: find the state that this callback saved."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             with together():
                 self._take_up(trainer, checkpoint)
 
@@ -101,7 +99,7 @@ class FreezingCallback(_session.Freezing):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take the mode guards off the model."""
-        if trainer.state.fn == TrainerFn.FITTING and self._session is not None:
+        if is_fitting(trainer) and self._session is not None:
             self._session.stop()
 
     def on_exception(

@@ -11,9 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_namespaces,
+    is_overridden,
+)
 from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
@@ -392,6 +396,7 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> Sess
         session = Session()
         session.of = ref(trainer)
         with together():
+            check_namespaces(trainer)
             agree_on_callbacks(_talk(trainer))
             session.prepare(trainer, module)
         _sessions[trainer] = session
