@@ -24,7 +24,14 @@ _NAMESPACES = ("lightning.pytorch", "pytorch_lightning")
 _CALLED_LAST = ("Checkpoint", "EarlyStopping")
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback, LightningModule, Trainer
+    import lightning.pytorch as new
+    import pytorch_lightning as old
+
+    LightningModule = new.LightningModule | old.LightningModule
+    Trainer = new.Trainer | old.Trainer
+
+    class Callback(new.Callback, old.Callback):  # type: ignore[misc]
+        """Lightning's `Callback`."""
 else:
     LightningModule = Trainer = Any  # for annotations alone
 
@@ -38,8 +45,8 @@ else:
 class _Watch(MetaPathFinder):
     """Sees Lightning being imported, which imports many modules behind its callbacks.
 
-    Whoever imports first, us or Lightning, there is no moment at which a program has Lightning's
-    `Callback` and ours isn't one: LightningCLI looks for its subclasses by name.
+    So a program that has imported Lightning finds ours derived from its `Callback`, whichever came
+    first. To derive when one is made would be late: LightningCLI looks for subclasses by name.
     """
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
@@ -86,7 +93,7 @@ def check_namespaces(trainer: Trainer) -> None:
         ConflictError: with the import to write.
     """
     ours = _namespace(type(trainer))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[union-attr]
         kinds = [kind for kind in type(callback).__mro__ if _namespace(kind) not in ("", ours)]
         if kinds and any(is_a(callback, name) for name in _CALLED_LAST):
             name = kinds[0].__name__

@@ -39,7 +39,7 @@ class Papers:
 
     def write(self, trainer: Trainer, run: AuditRun) -> None:
         """Write report and certificate."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[union-attr]
         for cache in (one for one in callbacks if isinstance(one, FrozenFeatureCache)):
             self._record.cache = cache.stats.to_dict()
         if self._report is not None and trainer.is_global_zero:

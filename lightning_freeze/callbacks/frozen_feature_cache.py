@@ -182,7 +182,7 @@ class FrozenFeatureCache(Callback):
 
 
 def _callbacks_of(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[union-attr]
     return callbacks
 
 
