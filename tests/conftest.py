@@ -21,6 +21,8 @@ from hypothesis import settings
 settings.register_profile("quiet", deadline=None, database=None, max_examples=50)
 settings.load_profile("quiet")
 
+collect_ignore = ["contracts/namespaces.py"]  # a program of its own
+
 _torchvision_operators = []
 
 try:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._loggers import Loggers
 from lightning_freeze.callbacks.fit_state import FitState
 from lightning_freeze.checkpoints.origin.find import find_origins

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
-from lightning.pytorch import Trainer
-
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._metric import missing_metric
 from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.errors import ResumeError

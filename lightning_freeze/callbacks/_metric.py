@@ -8,9 +8,11 @@ import textwrap
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
+from lightning_freeze.callbacks._lightning import (
+    Trainer,
+    is_a,
+    is_overridden,
+)
 from lightning_freeze.callbacks.fit_state import callbacks_of
 from lightning_freeze.errors import ArgumentError
 
@@ -63,10 +65,12 @@ def _literal_names(owners: Iterable[Any]) -> set[str] | None:
     names: set[str] = set()
     for owner in owners:
         for kind in type(owner).__mro__:
-            if kind in (LightningModule, Callback, object):
+            if kind.__name__ in ("LightningModule", "Callback", "object"):
                 break
-            if kind.__module__.startswith(("lightning.", "lightning_freeze.", "torch.")):
-                if isinstance(owner, LightningModule):
+            if kind.__module__.startswith(
+                ("lightning.", "pytorch_lightning.", "lightning_freeze.", "torch.")
+            ):
+                if is_a(owner, "LightningModule"):
                     continue
                 break
             found = _names_in(kind)

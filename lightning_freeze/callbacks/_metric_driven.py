@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_freeze.arguments import one_of, whole
 from lightning_freeze.callbacks._following import Following
+from lightning_freeze.callbacks._lightning import LightningModule, Trainer
 from lightning_freeze.callbacks._metric import missing_metric
 from lightning_freeze.callbacks.base import FreezingCallback
 from lightning_freeze.engine.distributed import from_all_ranks

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.engine.optimizers import OptimizerGroups
 from lightning_freeze.errors import ConflictError
 

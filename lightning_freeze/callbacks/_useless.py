@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lightning_freeze.callbacks._lightning import rank_zero_warn
 from lightning_freeze.checkpoints.origin.find import find_origins
 from lightning_freeze.checkpoints.origin.frozen import untouched
 from lightning_freeze.model.index import ModelIndex

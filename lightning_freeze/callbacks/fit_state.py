@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_namespaces,
+    is_overridden,
+    rank_zero_warn,
+)
 from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
@@ -453,6 +457,7 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> FitS
         last, state = state, FitState()
         state.entered_last = set() if last is None else last.entered
         with together():
+            check_namespaces(trainer)
             agree_on_callbacks(_talk(trainer))
             state.prepare(trainer, module)
         vars(trainer)[_HELD_AS] = state

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Union
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.arguments import call_of, one_of, positive, whole
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._metric import check_can_be_logged
 from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule, as_configured
