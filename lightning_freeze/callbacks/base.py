@@ -92,7 +92,7 @@ class FreezingCallback(Freezing):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what is frozen out of the optimizers again, after a resume."""
         if self._fit is not None:
-            self._fit.restored()
+            self._fit.settle()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze what is due."""
@@ -109,6 +109,13 @@ class FreezingCallback(Freezing):
     def state_dict(self) -> dict[str, Any]:
         """The stage that the optimizer state in the same checkpoint belongs to."""
         return dict(self._saved) if self._fit is None else self._fit.state(self)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take what is frozen out of the optimizers again: their state is in the checkpoint."""
+        if self._fit is not None:
+            self._fit.settle()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no trace: the optimizers' lists are whole, and modes what they were."""

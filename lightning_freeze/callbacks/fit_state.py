@@ -272,8 +272,8 @@ class FitState:
             if isinstance(state, dict) and "stage" in state:
                 self._trained_before = frozenset(state.get("trains", ()))
 
-    def restored(self) -> None:
-        """In `on_train_start`: optimizer state has been loaded."""
+    def settle(self) -> None:
+        """Once optimizer state has been saved or loaded: no list holds what is frozen."""
         if self.groups is not None:
             self.groups.settle()
 
@@ -383,7 +383,7 @@ class FitState:
             saved, stage = self._resumed.get(callback), stages[callback]
             again = self._trained_before & schedule.plan(stage).frozen
             back = saved is not None and stage < saved
-            if not (back if schedule.refreezes else again):
+            if not back and (schedule.refreezes or not again):
                 continue
             what = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
             raise ResumeError(

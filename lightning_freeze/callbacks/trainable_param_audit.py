@@ -226,7 +226,7 @@ class TrainableParamAudit(Callback):
         if self._run is None:
             self._begin(trainer, pl_module, fit)
         assert self._run is not None
-        fit.restored()
+        fit.settle()
         self._run.look(looks.FIT, self._now(trainer))
         for optimizer in trainer.optimizers:
             self._hooks.add(optimizer, self._run, lambda: self._now(trainer))
