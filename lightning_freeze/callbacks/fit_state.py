@@ -101,11 +101,9 @@ class FitState:
         self._resumed: dict[Any, int] = {}  # the stages of callbacks with the same arguments
         self._trained_before: frozenset[str] = frozenset()
         self._saved_clock: tuple[int, int] | None = None
-        self._wrapped_with: Mapping[str, bool] = {}
-        self._first_trained: bytes | None = None
+        self._wrapped_with: frozenset[str] = frozenset()
         self._snapshot: flags.Snapshot | None = None
         self._prepared: ModelIndex | None = None
-        self._settled = False
         self._agreed = -1
         self._first_step: int | None = -1  # None once the optimizers' hooks were seen to run
 
@@ -145,24 +143,15 @@ class FitState:
             flags.release(index, _claimed(asked))
         self.tied = index.aliases
         self.apart = made_apart(trainer, index)
-        self._wrapped_with = {name: p.requires_grad for name, p in index.parameters.items()}
+        self._wrapped_with = frozenset(n for n, p in index.parameters.items() if p.requires_grad)
 
     @property
     def wrapped_with(self) -> frozenset[str]:
         """What required a gradient when the model was wrapped for several ranks."""
         assert self.index is not None
-        names = self.index.parameters
-        if self.managed or self._first_trained is None:  # it was wrapped anew, or came later
-            return frozenset(n for n, p in names.items() if p.requires_grad)
-        return frozenset(name for name, flag in zip(names, self._first_trained) if flag)
-
-    def _settle(self) -> None:
-        """Once the fit can't fail to start any more: keep nothing that isn't needed."""
-        assert self.index is not None
-        if self.index.parameters.keys() == self._wrapped_with.keys():
-            self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
-        self._wrapped_with = {}
-        self._settled = True
+        if self.late or self.managed:  # it came later, or was wrapped anew
+            return frozenset(n for n, p in self.index.parameters.items() if p.requires_grad)
+        return self._wrapped_with
 
     def undo(self) -> None:
         """The fit can't start: flags and modes as they were before `setup`."""
@@ -211,7 +200,6 @@ class FitState:
                 agree(self._history(claimed), "is under no freezing callback")
             if not self.managed:
                 self.plan = FreezePlan(frozen=self._before)
-                self._settle()
                 return
             check_supported(trainer.strategy)
             flags.release(self.index, claimed & self._before)
@@ -226,7 +214,6 @@ class FitState:
             self.resume(trainer, resumed)
             if trainer.ckpt_path is not None:
                 self.groups.make_whole()  # optimizer state is loaded next
-            self._settle()
         except BaseException:
             self.undo()
             raise
@@ -279,9 +266,6 @@ class FitState:
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
-        if self._settled and self.index is not None:
-            self.index.forget()  # by now all that asks much of it has asked
-            self._settled = False
         if self.applier is None or self.groups is None:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
