@@ -326,7 +326,10 @@ class Applier:
         self.stop()
 
         guard = _Guard(self)
-        self._guards = [self.index.modules[r].register_forward_pre_hook(guard) for r in roots]
+        called = dict.fromkeys(map(self.index.called, roots))
+        # by the class: TorchScript's modules run hooks, but have no method that takes one
+        add = nn.Module.register_forward_pre_hook
+        self._guards = [add(self.index.modules[path], guard) for path in called]
 
     def stop(self) -> None:
         """Take the guards off the model."""

@@ -60,7 +60,7 @@ def _made_by(kind: type) -> str | None:
 
 
 def _built_like(module: nn.Module) -> str | None:
-    if not module._modules.keys().isdisjoint(HEADS):
+    if not set(HEADS).isdisjoint(module._modules.keys()):
         inside = dict(module.named_children())
         if not any(name in inside for name in HEADS):
             return None
@@ -91,7 +91,7 @@ def zoo_models(index: ModelIndex, under: str = "") -> list[tuple[str, str]]:
     likely = [
         (path, module)
         for path, module in index.modules.items()
-        if made_by[type(module)] or not module._modules.keys().isdisjoint(HEADS)
+        if made_by[type(module)] or not set(HEADS).isdisjoint(module._modules.keys())
     ]
     inside = [item for item in likely if (item[0] + ".").startswith(prefix)]
     for path, module in sorted(inside, key=lambda item: item[0].count(".") + bool(item[0])):
