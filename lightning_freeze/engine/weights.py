@@ -9,6 +9,7 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.engine.reinitialized import remember
@@ -80,6 +81,11 @@ def reinit_names(
     if init == "model":
         check_possible(index, chosen)
     for name, parameter in chosen.items():
+        if is_lazy(parameter):
+            raise ReinitError(
+                f"`{name}` is of a lazy layer that has seen no input: its first one initialises "
+                "it. Leave it out, or call `forward` with a batch first."
+            )
         if parameter.device.type == "meta":
             raise ReinitError(f"`{name}` is on the meta device. Load the weights first.")
     kept = {name: parameter.detach().clone() for name, parameter in chosen.items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # what torch's and Fabric's wrappers call what they wrap; of Fabric's two the second is the user's
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_original_module")
@@ -32,6 +33,16 @@ def unwrap(module: nn.Module) -> nn.Module:
     while module._modules and _WRAPPERS.issuperset(module._modules.keys()):
         module = module.get_submodule(next(k for k in _WRAPPED if k in module._modules))
     return module
+
+
+def size_of(tensor: Tensor) -> int:
+    """Number of elements; none of a lazy layer's tensor before its first input."""
+    return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions; (0,) of a lazy layer's tensor before its first input."""
+    return (0,) if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def some(names: Sequence[str], most: int = 4) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, size_of
 
 Blocks = list[tuple[str, ...]]
 
@@ -121,14 +121,14 @@ def _goes_with(index: ModelIndex, name: str, other: str, members: Iterable[str])
 
 def elements(index: ModelIndex, module: nn.Module) -> int:
     """Number of elements of a module's parameters."""
-    return sum(index.parameters[name].numel() for name in index.within(module))
+    return sum(size_of(index.parameters[name]) for name in index.within(module))
 
 
 def weight(index: ModelIndex, blocks: Blocks) -> int:
     """Number of elements of the parameters in some blocks."""
     paths = [path for paths in blocks for path in paths]
     names = {name for path in paths for name in index.within(index.modules[path])}
-    return sum(index.parameters[name].numel() for name in names)
+    return sum(size_of(index.parameters[name]) for name in names)
 
 
 def children(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Blocks:
