@@ -124,7 +124,7 @@ class Baseline:
         """Take some of the tensors down as they are now."""
         positions = list(positions)
         self._lazy.difference_update(positions)
-        self._lazy.update(p for p in positions if is_lazy(self.tensor(p)))
+        self._lazy.update(p for p in positions if self._is_lazy(p))
         pairs = self._present(positions)
         same: dict[Form, Form] = {}
         for position, tensor in pairs:
@@ -139,9 +139,13 @@ class Baseline:
         for (position, _), value in zip(pairs, self._tokens(pairs, self._parts)):
             self._digests[position * SIZE : (position + 1) * SIZE] = value
 
+    def _is_lazy(self, position: int) -> bool:
+        tensor = self.tensor(position)
+        return tensor is not None and is_lazy(tensor)
+
     def settle(self) -> bool:
         """Take down what a lazy layer has made since it was looked at; whether there is any."""
-        made = [position for position in self._lazy if not is_lazy(self.tensor(position))]
+        made = [position for position in self._lazy if not self._is_lazy(position)]
         for position in made:
             self.renew([position], self.since[position])
         return bool(made)
