@@ -12,11 +12,9 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, class_names
 from lightning_freeze.model.selectors import Selectors, select
 from lightning_freeze.schedule.plan import FreezePlan
-
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 # What a plan switched off, so that a later fit can tell it from what the user froze.
 _frozen_by_plan: Any = WeakTensorKeyDictionary()
@@ -141,7 +139,9 @@ def _set_mode(module: nn.Module, *, train: bool) -> None:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """True for BatchNorm and SyncBatchNorm of any dimension, and subclasses."""
-    return isinstance(module, _BATCH_NORM)
+    names = class_names(module)
+    # TorchScript's modules have no bases, only the name of the class that they were
+    return "_BatchNorm" in names or (len(names) == 1 and "BatchNorm" in names[0])
 
 
 def quiet_modules(index: ModelIndex, plan: FreezePlan) -> list[str]:

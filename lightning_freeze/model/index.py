@@ -35,6 +35,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def class_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's class and of its bases; of TorchScript's, that of the class it was."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (getattr(module, "original_name", type(module).__name__),)
+    return tuple(kind.__name__ for kind in type(module).__mro__)
+
+
 def size_of(tensor: Tensor) -> int:
     """Number of elements; none of a lazy layer's tensor before its first input."""
     return 0 if is_lazy(tensor) else tensor.numel()
@@ -90,7 +97,9 @@ class Members:
             parametrizations and sharding change it in place.
     """
 
-    __slots__ = ("begins", "ends", "kinds", "modules", "names", "parameters", "paths")
+    __slots__ = (
+        "_without", "begins", "ends", "kinds", "modules", "names", "parameters", "paths",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -100,11 +109,13 @@ class Members:
         self.begins = array("q")
         self.ends = array("q")
         self.kinds: list[type] = []
+        self._without: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Members:
-        """Walk a model."""
+    def of(cls, model: nn.Module, without: Iterable[nn.Module] = ()) -> Members:
+        """Walk a model, but for some of its modules."""
         found = cls()
+        found._without = frozenset(map(id, without))
         found._walk(peel(model), "")
         found.kinds = [*map(type, found.modules), *map(type, found.parameters)]
         return found
@@ -120,8 +131,9 @@ class Members:
                 names.append(prefix + key)
                 self.parameters.append(parameter)
         for key, child in module._modules.items():
-            if child is not None:
-                self._walk(unwrap(child), prefix + key)
+            inner = None if child is None else unwrap(child)
+            if inner is not None and id(inner) not in self._without:
+                self._walk(inner, prefix + key)
         self.ends[place] = len(names)
 
     def buffers(self) -> list[tuple[str, Tensor]]:
@@ -165,20 +177,27 @@ class ModelIndex:
     members: Members = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, known: ModelIndex | None = None) -> ModelIndex:
+    def of(
+        cls,
+        model: nn.Module,
+        known: ModelIndex | None = None,
+        *,
+        without: Iterable[nn.Module] = (),
+    ) -> ModelIndex:
         """Index `model`.
 
         Args:
             model: any module.
             known: an index of it from before. It is returned, with what was found out with it, if
                 the model still has the same objects in the same places; it is walked in any case.
+            without: modules that are left out with all that is in them.
 
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> model[1].weight = model[0].weight
         >>> ModelIndex.of(model).aliases
         {'0.weight': ('1.weight',)}
         """
-        found = Members.of(model)
+        found = Members.of(model, without)
         if known is not None and known.members.same(found):
             return known
         parameters: dict[str, nn.Parameter] = {}

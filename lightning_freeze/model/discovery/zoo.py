@@ -15,11 +15,12 @@ from lightning_freeze.model.discovery.assembly import assemble, is_above, is_bel
 from lightning_freeze.model.discovery.blocks import (
     Blocks,
     children,
-    class_of,
+    class_name,
     elements,
     homogeneous,
     homogeneous_lists,
     is_a,
+    is_list,
     longest_list,
     outermost,
     repeated,
@@ -147,7 +148,7 @@ def blocks_of(index: ModelIndex, path: str, kind: str) -> Blocks:
     prefix = path + "." if path else ""
     if kind == "timm":
         for name in ("blocks", "layers", "stages"):
-            if isinstance(getattr(module, name, None), (nn.Sequential, nn.ModuleList)):
+            if is_list(getattr(module, name, None)):
                 return sequential(index, prefix + name)
     for name in ("features", "encoder.layers"):
         if prefix + name in index.modules:
@@ -277,8 +278,8 @@ def _with_unmarked(index: ModelIndex, found: list[str]) -> list[str]:
     around = {part for name in found for part in _parents(name)}
     for owner in dict.fromkeys(index.owner(name) for name in found):
         for child, module in index.children(owner):
-            plain = not re.search(r"emb|down|merg|norm", class_of(module).__name__.lower())
-            if isinstance(index.modules[owner], nn.ModuleList) and plain and child not in around:
+            plain = not re.search(r"emb|down|merg|norm", class_name(module).lower())
+            if is_a(index.modules[owner], "ModuleList") and plain and child not in around:
                 known.add(child)
     return [name for name in index.modules if name in known]
 
