@@ -8,13 +8,18 @@ from itertools import repeat
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_freeze.errors import ConflictError
 from lightning_freeze.model.index import ModelIndex, class_names
 from lightning_freeze.model.selectors import Selectors, select
 from lightning_freeze.schedule.plan import FreezePlan
+
+# torch's operations that have a mode, and the place of their argument for it
+_TRAINING = {"aten::batch_norm": 5, "aten::dropout": 2}
 
 # What a plan switched off, so that a later fit can tell it from what the user froze.
 _frozen_by_plan: Any = WeakTensorKeyDictionary()
@@ -41,6 +46,7 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
 
     Raises:
         SelectorError: a selector matches nothing; the model is left as it was.
+        ConflictError: a module was traced in train mode, so that eval mode doesn't reach it.
 
     Example:
         >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -51,14 +57,18 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
     """
     index = ModelIndex.of(model)
     names = select(index, selectors)
-    _set_flags(index, names, trains=False, by_plan=False)
+    chosen = frozenset(names)
+    off = chosen.union(n for n, p in index.parameters.items() if not p.requires_grad)
+    inside = {
+        path: index.within(index.modules[path])
+        for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off))
+    }
+    paths = [path for path, own in inside.items() if not own or chosen.intersection(own)]
     if eval_mode:
-        off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
-        chosen = frozenset(names)
-        for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off)):
-            inside = index.within(index.modules[path])
-            if not inside or chosen.intersection(inside):
-                _set_mode(index.modules[path], train=False)
+        _check_traced(index, paths)
+    _set_flags(index, names, trains=False, by_plan=False)
+    for path in paths if eval_mode else ():
+        _set_mode(index.modules[path], train=False)
     return names
 
 
@@ -135,6 +145,37 @@ def _set_mode(module: nn.Module, *, train: bool) -> None:
     if module.training != train:
         _mode_before.setdefault(module, module.training)
         module.training = train
+
+
+def graph_of(module: torch.jit.ScriptModule) -> Any:
+    """What a TorchScript module itself does; None for a list, which isn't called."""
+    try:
+        return module.graph
+    except RuntimeError:
+        return None
+
+
+def _check_traced(index: ModelIndex, paths: Iterable[str]) -> None:
+    """Raise where `torch.jit.trace` has written train mode into a graph: it heeds no flag.
+
+    Raises:
+        ConflictError: names the module.
+    """
+    for path in paths:
+        module = index.modules[path]
+        if not isinstance(module, torch.jit.ScriptModule):
+            continue
+        graph = graph_of(module)
+        for kind, place in _TRAINING.items():
+            for node in graph.findAllNodes(kind) if graph is not None else ():
+                inputs = [value.toIValue() for value in node.inputs()]
+                if inputs[place] is True and inputs[1] != 0.0:  # a dropout of 0 does nothing
+                    raise ConflictError(
+                        f"`{path}` should be in eval mode while it is frozen, but was traced in "
+                        "train mode, and keeps that in its graph. Trace it in eval mode, "
+                        "`torch.jit.trace(module.eval(), ...)`, or use `torch.jit.script`; "
+                        "`eval_mode=False` freezes its weights alone."
+                    )
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -298,6 +339,7 @@ class Applier:
         _set_flags(self.index, on, trains=True, by_plan=True)
         self._marked = frozen
         paths = quiet_modules(self.index, plan)
+        _check_traced(self.index, paths)
         quiet = [self.index.modules[path] for path in paths]
         kept = {id(module) for module in quiet}
         for module in self._quiet:

@@ -164,8 +164,9 @@ def _alone(index: ModelIndex, found: Anatomy, at: str) -> Anatomy:
         DiscoveryError: there is.
     """
     core = frozenset(found.backbone)
-    named = [block.name for block in found.blocks if not re.search(r"\d$|\d\.", block.name)]
-    if len(named) == len(found.blocks) > 1 and (
+    paths = [block.name for block in found.blocks]
+    named = [p for p in paths if _TOWER.search(p) or not re.search(r"\d$|\d\.", p)]
+    if len(named) == len(paths) > 1 and (
         numbered(index, named[0]) or homogeneous_lists(index, named[0])
     ):
         twins = [path for path in named if _twins(index, named[0], path)]
@@ -394,7 +395,7 @@ def _zoo_around(index: ModelIndex, members: set[str]) -> list[Anatomy]:
 
 
 def _not_found(index: ModelIndex) -> DiscoveryError:
-    parts = [f"`{name}` ({type(m).__name__})" for name, m in index.children("")]
+    parts = [f"`{name}` ({class_name(m)})" for name, m in index.children("")]
     parts += [f"`{name}`" for name in index.parameters if "." not in name]
     lists = homogeneous_lists(index, "") if parts else []
     names = [name for name, _ in index.children("")]
@@ -421,4 +422,4 @@ def _quoted(names: Sequence[str]) -> str:
 def _described(index: ModelIndex, path: str) -> str:
     members: Blocks = [(child,) for child, _ in index.children(path)]
     kind = class_name(index.modules[members[0][0]])
-    return f"`{path or type(index.modules['']).__name__}` ({len(members)} {kind})"
+    return f"`{path or class_name(index.modules[''])}` ({len(members)} {kind})"
