@@ -65,7 +65,7 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
     }
     paths = [path for path, own in inside.items() if not own or chosen.intersection(own)]
     if eval_mode:
-        _check_traced(index, paths)
+        check_traced(index, paths)
     _set_flags(index, names, trains=False, by_plan=False)
     for path in paths if eval_mode else ():
         _set_mode(index.modules[path], train=False)
@@ -155,7 +155,7 @@ def graph_of(module: torch.jit.ScriptModule) -> Any:
         return None
 
 
-def _check_traced(index: ModelIndex, paths: Iterable[str]) -> None:
+def check_traced(index: ModelIndex, paths: Iterable[str]) -> None:
     """Raise where `torch.jit.trace` has written train mode into a graph: it heeds no flag.
 
     Raises:
@@ -339,7 +339,7 @@ class Applier:
         _set_flags(self.index, on, trains=True, by_plan=True)
         self._marked = frozen
         paths = quiet_modules(self.index, plan)
-        _check_traced(self.index, paths)
+        check_traced(self.index, paths)
         quiet = [self.index.modules[path] for path in paths]
         kept = {id(module) for module in quiet}
         for module in self._quiet:

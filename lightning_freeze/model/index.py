@@ -30,8 +30,11 @@ def clean(name: str) -> str:
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module inside of torch.compile's, FSDP's and Fabric's wrappers; any other as it is."""
-    while module._modules and _WRAPPERS.issuperset(module._modules.keys()):
-        module = module.get_submodule(next(k for k in _WRAPPED if k in module._modules))
+    while _WRAPPERS.issuperset(module._modules.keys()):
+        inside = next((key for key in _WRAPPED if key in module._modules), None)
+        if inside is None:
+            break
+        module = module.get_submodule(inside)
     return module
 
 

@@ -514,6 +514,17 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.ReLU())
 
 
+class Margin(nn.Module):
+    """As of ArcFace: a tensor for each class, and no layer of torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.eye(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.centres
+
+
 class Scale(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -527,6 +538,7 @@ LOSSES: dict[str, Callable[[], LightningModule]] = {
     "a criterion behind the model": lambda: Model(model=UNet(), criterion=Scale()),
     "a criterion before it": lambda: Model(criterion=Scale(), model=UNet()),
     "a scale of another name": lambda: Model(model=UNet(), calibration=Scale()),
+    "a margin with a matrix": lambda: Model(model=UNet(), arcface=Margin()),
     "a metric's layer": lambda: Model(model=UNet(), metric=nn.Linear(3, 3)),
     "a loss of layers": lambda: Model(
         model=UNet(), loss_fn=nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))

@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
 
-from torch import nn
-
 from lightning_freeze.errors import DiscoveryError
 from lightning_freeze.model.discovery.adapters import adapter_names, is_wrapped
 from lightning_freeze.model.discovery.anatomy import Anatomy, LayerGroup
@@ -61,8 +59,8 @@ _HEAD = re.compile(
 )
 # what a loss brings along: parts of it, tensors that weigh or scale it, networks that it asks
 _OF_A_LOSS = re.compile(
-    r"loss|criteri|metric|temperature|logit_(scale|bias)|log_(var|sigma)|percept|lpips|style"
-    r"|teacher|momentum|(^|_)(ema|target|reference|ref|key)(_|$)"
+    r"(^|_)(loss(es|_?fns?)?|criteri(on|a)|metrics?|temperature|logit_(scale|bias)|log_(var|sigma)s?"
+    r"|teacher|momentum|ema|target|reference)(_|$)|perceptual|lpips"
 )
 # what stands on a backbone
 _UPPER = re.compile(r"head|classif|decoder|neck|proj|pool|adapter|predictor|^fc|^out")
@@ -124,7 +122,8 @@ def _search(index: ModelIndex, *, surely: bool = False) -> Anatomy | None:
     Raises:
         DiscoveryError: several models could be the one that is meant.
     """
-    for root in _roots(index):
+    said = _roots(index, said=True)
+    for root in said:
         module = index.modules[root]
         kind = kind_of(module)
         if kind != "transformers" or has_task(module):
@@ -139,9 +138,9 @@ def _search(index: ModelIndex, *, surely: bool = False) -> Anatomy | None:
         return None if surely and _is_upper(index, found) else _alone(index, found, zoo[0][0])
     if len(zoo) > 1:
         raise _several(index, [path for path, _ in zoo])
-    inside_out = list(reversed(_roots(index)))
+    roots = _roots(index)
     for rule in (_by_encoder, _by_list) if surely else (_by_encoder, _by_order, _by_list, _by_head):
-        for root in inside_out:
+        for root in reversed(said if rule is _by_encoder else roots):
             found = rule(index, root)
             if found and not (surely and _is_upper(index, found)):
                 at = root if rule is _by_encoder else common_path(found.backbone)
@@ -208,14 +207,20 @@ def _several(index: ModelIndex, paths: Sequence[str]) -> DiscoveryError:
     )
 
 
-def _roots(index: ModelIndex) -> list[str]:
-    """The model, and what it wraps, beside no more than parts of a loss, outermost first."""
+def _roots(index: ModelIndex, *, said: bool = False) -> list[str]:
+    """The model, and what it wraps, beside no more than parts of a loss, outermost first.
+
+    Args:
+        index: of the model.
+        said: whether it is to be searched for what an author calls a backbone; then a layer of
+            the author's own that stands beside it, as of a metric loss, is no part of it either.
+    """
     roots = list(index.roots)
     while True:
         root = roots[-1]
         prefix = root + "." if root else ""
         parts = index.children(root)
-        inside = [path for path, module in parts if not _is_of_a_loss(index, path, module)]
+        inside = [path for path, module in parts if not _is_of_a_loss(index, path, said)]
         own = [n for n in index.within(index.modules[root]) if "." not in n.removeprefix(prefix)]
         loose = all(len(shape_of(index.parameters[name])) < 2 for name in own)
         if len(inside) != 1 or not loose or is_a(index.modules[inside[0]], "ModuleList"):
@@ -225,12 +230,13 @@ def _roots(index: ModelIndex) -> list[str]:
         roots.append(inside[0])
 
 
-def _is_of_a_loss(index: ModelIndex, path: str, module: nn.Module) -> bool:
-    name = path.rpartition(".")[2]
+def _is_of_a_loss(index: ModelIndex, path: str, own: bool) -> bool:
+    module, name = index.modules[path], path.rpartition(".")[2]
     if _OF_A_LOSS.search(name):
         return True
-    bare = all(len(shape_of(index.parameters[n])) < 2 for n in index.within(module))
-    return bare and not _HEAD.fullmatch(name)
+    bare = all(len(shape_of(tensor)) < 2 for tensor in index.tensors(index.within(module)))
+    own = own and not index.children(path) and not type(module).__module__.startswith("torch.")
+    return (bare or own) and not _HEAD.fullmatch(name)
 
 
 def _by_attribute(index: ModelIndex, root: str, names: tuple[str, ...]) -> Anatomy | None:
