@@ -13,6 +13,7 @@ from typing import Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze import accelerator
 from lightning_freeze.digests import SIZE, dense, digests
@@ -37,6 +38,7 @@ class Baseline:
         "_addresses",
         "_digests",
         "_forms",
+        "_lazy",
         "_on_device",
         "_parts",
         "_places",
@@ -54,6 +56,7 @@ class Baseline:
         self._digests = bytearray()
         self._addresses = array("Q")
         self._forms: list[Form] = []
+        self._lazy: set[int] = set()
         self._on_device: set[int] = set()
         self._parts: dict[int, bytes] | None = None
         self._position: dict[str, int] | None = None
@@ -103,6 +106,8 @@ class Baseline:
             known = old.get(name)
             if known is None or not _same(before._places[known], self._places[position]):
                 continue
+            if known in before._lazy:
+                continue
             kept.add(position)
             self.since[position] = before.since[known]
             self.versions[position] = before.versions[known]
@@ -117,6 +122,9 @@ class Baseline:
 
     def renew(self, positions: Iterable[int], now: Moment) -> None:
         """Take some of the tensors down as they are now."""
+        positions = list(positions)
+        self._lazy.difference_update(positions)
+        self._lazy.update(p for p in positions if self._is_lazy(p))
         pairs = self._present(positions)
         same: dict[Form, Form] = {}
         for position, tensor in pairs:
@@ -131,14 +139,25 @@ class Baseline:
         for (position, _), value in zip(pairs, self._tokens(pairs, self._parts)):
             self._digests[position * SIZE : (position + 1) * SIZE] = value
 
+    def _is_lazy(self, position: int) -> bool:
+        tensor = self.tensor(position)
+        return tensor is not None and is_lazy(tensor)
+
+    def settle(self) -> bool:
+        """Take down what a lazy layer has made since it was looked at; whether there is any."""
+        made = [position for position in self._lazy if not self._is_lazy(position)]
+        for position in made:
+            self.renew([position], self.since[position])
+        return bool(made)
+
     def _present(self, positions: Iterable[int]) -> list[tuple[int, Tensor]]:
-        pairs = [(position, self.tensor(position)) for position in positions]
+        pairs = [(p, self.tensor(p)) for p in positions if p not in self._lazy]
         return [(position, tensor) for position, tensor in pairs if tensor is not None]
 
     def tensor(self, position: int) -> Tensor | None:
         """A tensor as it is now; None for a buffer that is gone."""
         place = self._places[position]
-        return place[0]._buffers.get(place[1]) if isinstance(place, tuple) else place
+        return _buffer(*place) if isinstance(place, tuple) else place
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters among the tensors, which come first."""
@@ -162,8 +181,8 @@ class Baseline:
 
     def read(self, position: int) -> bytes:
         """What a tensor's digest is now; empty for a buffer that is gone."""
-        tensor = self.tensor(position)
-        return b"" if tensor is None else self._tokens([(position, tensor)])[0]
+        pairs = self._present([position])
+        return self._tokens(pairs)[0] if pairs else b""
 
     def part(self, position: int, number: int) -> bytes | None:
         """What the digest of one chunk of a large tensor was; None where it wasn't taken down."""
@@ -185,7 +204,7 @@ class Baseline:
     def move(self, position: int, module: nn.Module) -> None:
         """A buffer hangs from another module now; what it was stays."""
         place = self._places[position]
-        if isinstance(place, tuple) and module._buffers.get(place[1]) is not None:
+        if isinstance(place, tuple) and _buffer(module, place[1]) is not None:
             self._places[position] = (module, place[1])
 
     def differs(self, name: str) -> bool:
@@ -201,6 +220,7 @@ class Baseline:
 
     def fingerprints(self) -> list[str]:
         """The canonical fingerprint of each; what is on an accelerator is read anew."""
+        self.settle()
         away = sorted(self._on_device)
         tensors = [self.tensor(position) for position in away]
         known = digests([t for t in tensors if t is not None], lambda p: self.names[away[p]])
@@ -209,8 +229,9 @@ class Baseline:
 
     def changed(self, positions: Iterable[int] | None = None) -> list[int]:
         """Positions of the tensors whose dtype, shape or bytes aren't what they were."""
+        self.settle()
         if positions is not None:
-            asked = list(positions)
+            asked = [position for position in positions if position not in self._lazy]
             pairs = self._present(asked)
             tokens = self._tokens(pairs)
             other = {p for (p, _), value in zip(pairs, tokens) if value != self.digest(p)}
@@ -219,10 +240,10 @@ class Baseline:
         found: list[int] = []
         for block in _blocks(len(self.names)):
             tensors = [
-                place[0]._buffers.get(place[1]) if type(place) is tuple else place
+                _buffer(*place) if type(place) is tuple else place
                 for place in self._places[block.start : block.stop]
             ]
-            if self._on_device or any(tensor is None for tensor in tensors):
+            if self._on_device or self._lazy or any(tensor is None for tensor in tensors):
                 found += self.changed(block)
                 continue
             name = partial(self._name, block.start)
@@ -268,6 +289,13 @@ class Baseline:
 def _blocks(size: int, of: int = 1024) -> Iterator[range]:
     """So many positions at a time, so that what is made on the way stays small."""
     return (range(start, min(start + of, size)) for start in range(0, size, of))
+
+
+def _buffer(module: nn.Module, key: str) -> Tensor | None:
+    try:
+        return module._buffers[key]  # TorchScript's dictionary has no `get`
+    except KeyError:
+        return None
 
 
 def _same(before: Place, now: Place) -> bool:

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Union
 
+from torch.nn.parameter import is_lazy
+
 from lightning_freeze.audit.findings import CHANGED, Finding
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.checkpoints.certificate import Certificate, Certified
@@ -150,7 +152,8 @@ class Record:
         frozen = {}
         for position, (name, digest) in enumerate(self.frozen.items()):
             tensor = baseline.tensor(position)
-            if tensor is None or hasattr(tensor, "to_local"):  # a shard isn't the tensor
+            # a shard isn't the tensor, and a lazy one has no bytes
+            if tensor is None or hasattr(tensor, "to_local") or is_lazy(tensor):
                 continue
             epoch, step = baseline.since[position]
             frozen[name] = Certified(

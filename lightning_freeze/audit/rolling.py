@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import perf_counter
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.audit.baseline import Baseline
 from lightning_freeze.digests import CHUNK, chunk_digest, chunks, dense, joined
@@ -129,7 +130,7 @@ class Rolling:
 
     def _size(self, position: int) -> int:
         tensor = self._baseline.tensor(position)
-        return 0 if tensor is None else tensor.nbytes
+        return 0 if tensor is None or is_lazy(tensor) else tensor.nbytes
 
     def _piece(self) -> tuple[int, list[int]]:
         """Compare one chunk of a large tensor, or some small ones; move on behind them."""

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.errors import ConflictError
+from lightning_freeze.model.index import ModelIndex, class_names
 from lightning_freeze.model.selectors import Selectors, select
 from lightning_freeze.schedule.plan import FreezePlan
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+# torch's operations that have a mode, and the place of their argument for it
+_TRAINING = {"aten::batch_norm": 5, "aten::dropout": 2}
 
 # Notes in a module's `__dict__`, which go along when a model is copied or pickled: the keys of its
 # own parameters that a plan switched off, so that a later fit can tell them from what the user
@@ -43,6 +46,7 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
 
     Raises:
         SelectorError: a selector matches nothing; the model is left as it was.
+        ConflictError: a module was traced in train mode, so that eval mode doesn't reach it.
 
     Example:
         >>> model = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -53,17 +57,20 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
     """
     index = ModelIndex.of(model)
     names = select(index, selectors)
-    _set_flags(index, names, trains=False, by_plan=False)
+    chosen = frozenset(names)
+    off = chosen.union(n for n, p in index.parameters.items() if not p.requires_grad)
+    inside = {
+        path: index.within(index.modules[path])
+        for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off))
+    }
+    paths = [path for path, own in inside.items() if not own or chosen.intersection(own)]
     if eval_mode:
-        off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
-        chosen = frozenset(names)
-        for path in quiet_modules(index, FreezePlan(frozen=off, quiet=off)):
-            inside = index.within(index.modules[path])
-            if not inside or chosen.intersection(inside):
-                module = index.modules[path]
-                if module.training:
-                    vars(module).setdefault(_MODE_BEFORE, True)
-                    module.training = False  # not .eval(): that recurses, and users override it
+        check_traced(index, paths)
+    _set_flags(index, names, trains=False, by_plan=False)
+    for module in map(index.modules.__getitem__, paths if eval_mode else ()):
+        if module.training:
+            vars(module).setdefault(_MODE_BEFORE, True)
+            module.training = False  # not .eval(): that recurses, and users override it
     return names
 
 
@@ -148,9 +155,42 @@ def _set_flags(index: ModelIndex, names: Iterable[str], *, trains: bool, by_plan
             parameter.requires_grad = trains
 
 
+def graph_of(module: torch.jit.ScriptModule) -> Any:
+    """What a TorchScript module itself does; None for a list, which isn't called."""
+    try:
+        return module.graph
+    except RuntimeError:
+        return None
+
+
+def check_traced(index: ModelIndex, paths: Iterable[str]) -> None:
+    """Raise where `torch.jit.trace` has written train mode into a graph: it heeds no flag.
+
+    Raises:
+        ConflictError: names the module.
+    """
+    for path in paths:
+        module = index.modules[path]
+        if not isinstance(module, torch.jit.ScriptModule):
+            continue
+        graph = graph_of(module)
+        for kind, place in _TRAINING.items():
+            for node in graph.findAllNodes(kind) if graph is not None else ():
+                inputs = [value.toIValue() for value in node.inputs()]
+                if inputs[place] is True and inputs[1] != 0.0:  # a dropout of 0 does nothing
+                    raise ConflictError(
+                        f"`{path}` should be in eval mode while it is frozen, but was traced in "
+                        "train mode, and keeps that in its graph. Trace it in eval mode, "
+                        "`torch.jit.trace(module.eval(), ...)`, or use `torch.jit.script`; "
+                        "`eval_mode=False` freezes its weights alone."
+                    )
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """True for BatchNorm and SyncBatchNorm of any dimension, and subclasses."""
-    return isinstance(module, _BATCH_NORM)
+    names = class_names(module)
+    # TorchScript's modules have no bases, only the name of the class that they were
+    return "_BatchNorm" in names or (len(names) == 1 and "BatchNorm" in names[0])
 
 
 def quiet_modules(index: ModelIndex, plan: FreezePlan) -> list[str]:
@@ -300,6 +340,7 @@ class Applier:
         _set_flags(self.index, on, trains=True, by_plan=True)
         self._marked = frozen
         paths = quiet_modules(self.index, plan)
+        check_traced(self.index, paths)
         quiet = [self.index.modules[path] for path in paths]
         kept = {id(module) for module in quiet}
         for module in self._quiet:
@@ -326,7 +367,10 @@ class Applier:
         """Reassert when a frozen module is entered: ``train()`` may be called inside a step."""
         self._take_guards_off()
         guard = _Guard(self)
-        self._guards = [self.index.modules[r].register_forward_pre_hook(guard) for r in roots]
+        called = dict.fromkeys(map(self.index.called, roots))
+        # by the class: TorchScript's modules run hooks, but have no method that takes one
+        add = nn.Module.register_forward_pre_hook
+        self._guards = [add(self.index.modules[path], guard) for path in called]
 
     def _take_guards_off(self) -> None:
         for handle in self._guards:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_freeze.engine.flags import can_train
-from lightning_freeze.model.index import ModelIndex, peel, some, unwrap
+from lightning_freeze.model.index import ModelIndex, peel, some
 from lightning_freeze.report.cost.graph import Backward, Unpredictable
 from lightning_freeze.report.cost.inputs import Call, given, guesses
 from lightning_freeze.report.cost.repeats import run_alike_once
@@ -145,12 +145,12 @@ def step_cost(
         with nothing_real(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a model's own, about inputs that aren't real
             try:
-                return _counted(unwrap(peel(model)), stages, inputs, batch)
+                return _counted(peel(model), stages, inputs, batch)
             except CountError as error:
                 # torch multiplies the experts of a mixture in this type alone, real numbers aside
                 if "BF16" not in str(error):
                     raise
-                return _counted(unwrap(peel(model)), stages, inputs, batch, torch.bfloat16)
+                return _counted(peel(model), stages, inputs, batch, torch.bfloat16)
     except CountError as error:
         return StepCost(None, (), "", (f"The cost of a step isn't known: {error}",))
     except Exception as error:  # any model of anybody's runs here
