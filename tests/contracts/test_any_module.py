@@ -104,8 +104,14 @@ TORCHSCRIPT = pytest.mark.parametrize("make", [scripted, from_file, traced])
 @pytest.mark.parametrize("named", [None, "backbone"])
 def test_a_torchscript_backbone_stays_as_it_is_and_in_eval_mode(make: Make, named: Any) -> None:
     module = seeded(lambda: Model(backbone=make(), head=nn.Linear(8, 3)))
-    assert tops(fit(module, FreezeBackbone(named))) == {"head"}
-    assert not any(part.training for part in module.backbone.modules())
+    asleep: list[bool] = []
+
+    class Look(Callback):
+        def on_before_backward(self, *_: Any) -> None:
+            asleep.append(not any(part.training for part in module.backbone.modules()))
+
+    assert tops(fit(module, FreezeBackbone(named), Look())) == {"head"}
+    assert set(asleep) == {True}
 
 
 @TORCHSCRIPT
