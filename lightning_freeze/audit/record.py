@@ -36,6 +36,7 @@ class Record:
         ignored: number of tensors of which nothing is said, because the user asked for it.
         steps_per_round: with slices, how many steps one full round takes; 0 without.
         cache: what a cache of frozen features did; None without one.
+        unreached: names that a schedule was to train, and that never trained.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Record:
     fresh: frozenset[str] = frozenset()
     ignored: int = 0
     cache: Mapping[str, Any] | None = None
+    unreached: tuple[str, ...] = ()
 
     def count_check(self) -> None:
         """Everything has been compared once more."""
@@ -136,8 +138,15 @@ class Record:
         return (
             f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
             f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
-            f"{self.alive} trainable tensors had gradients.{slices}{self._spared}"
+            f"{self.alive} trainable tensors had gradients.{slices}{self._spared}{self._late}"
         )
+
+    @property
+    def _late(self) -> str:
+        if not self.unreached:
+            return ""
+        more = f" and {len(self.unreached) - 1} more" if self.unreached[1:] else ""
+        return f" Scheduled, and never trained in this fit: `{self.unreached[0]}`{more}."
 
     @property
     def _spared(self) -> str:

@@ -92,7 +92,7 @@ class FreezingCallback(Freezing):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what is frozen out of the optimizers again, after a resume."""
         if self._fit is not None:
-            self._fit.settle()
+            self._fit.train_starts(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze what is due."""

@@ -21,7 +21,14 @@ from lightning_freeze.callbacks._lightning import (
 )
 from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
-from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
+from lightning_freeze.callbacks._useless import (
+    warn_blocked,
+    warn_frozen,
+    warn_left_out,
+    warn_random,
+    warn_unreached,
+    warn_unreached_by_batches,
+)
 from lightning_freeze.engine import flags
 from lightning_freeze.engine.distributed import (
     agree,
@@ -100,11 +107,13 @@ class FitState:
         self._before: frozenset[str] = frozenset()
         self._resumed: dict[Any, int] = {}  # the stages of callbacks with the same arguments
         self._trained_before: frozenset[str] = frozenset()
+        self._trained: frozenset[str] = frozenset()
         self._saved_clock: tuple[int, int] | None = None
         self._wrapped_with: frozenset[str] = frozenset()
         self._snapshot: flags.Snapshot | None = None
         self._prepared: ModelIndex | None = None
         self._agreed = -1
+        self._told_unreached = False
         self._first_step: int | None = -1  # None once the optimizers' hooks were seen to run
 
     def __reduce__(self) -> Any:
@@ -135,7 +144,9 @@ class FitState:
             if not self.late:
                 raise
             deferred = True
-        warn_blocked({label(cb): s for cb, s in asked.items()}, self._before)
+        told = {label(cb): s for cb, s in asked.items()}
+        warn_blocked(told, self._before)
+        warn_unreached(trainer, told)
         if trainer.ckpt_path is None:
             warn_random(self.schedules, index)
         self._snapshot = flags.Snapshot.of(index)
@@ -205,6 +216,7 @@ class FitState:
             flags.release(self.index, claimed & self._before)
             factors = self._merged(dict.fromkeys(self.schedules, 0)).lr_scale
             self.groups = OptimizerGroups(self.index, trainer.optimizers, factors)
+            warn_left_out({label(cb): s for cb, s in self.schedules.items()}, self.groups.held)
             never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
             modes = any(schedule.eval_mode for schedule in self.schedules.values())
             self.applier = flags.Applier(self.index, self.groups.held - never if modes else ())
@@ -308,6 +320,21 @@ class FitState:
                 "the optimizer itself. Call `optimizer.step()`, or leave the factors at 1.0."
             )
 
+    def train_starts(self, trainer: Trainer) -> None:
+        """In `on_train_start`: optimizer state is loaded, and an epoch's batches are known."""
+        self.settle()
+        if self.managed and not self._told_unreached:
+            self._told_unreached = True
+            told = {label(cb): s for cb, s in self.schedules.items()}
+            warn_unreached_by_batches(trainer, told)
+
+    def never_trained(self) -> tuple[str, ...]:
+        """Names that a schedule was to train, and that haven't trained so far."""
+        ever = frozenset[str]().union(*(s.ever for s in self.schedules.values()))
+        never = frozenset[str]().union(*(s.never for s in self.schedules.values()))
+        names = () if self.index is None else self.index.parameters
+        return tuple(n for n in names if n in ever - never - self._trained - self._before)
+
     def upcoming(self) -> Iterator[frozenset[str]]:
         """What will be frozen in each of the stages to come, soonest first, one at a time."""
         later = sorted(
@@ -388,8 +415,10 @@ class FitState:
         assert self.groups is not None
         for listener in self.listeners:
             listener(self, "before")
+        assert self.index is not None
         self.stages = stages
         self.plan = self._merged(stages)
+        self._trained |= self._trained_before.union(self.plan.trainable(self.index.parameters))
         with together():
             changed = self.applier.apply(self.plan)
             self.groups.sync(self.plan.frozen)

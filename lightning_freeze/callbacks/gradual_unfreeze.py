@@ -11,10 +11,9 @@ from torch import nn
 
 from lightning_freeze.arguments import call_of, one_of, positive, whole
 from lightning_freeze.callbacks._lightning import Trainer
-from lightning_freeze.callbacks._metric import check_can_be_logged
-from lightning_freeze.callbacks._metric_driven import MetricDriven
 from lightning_freeze.callbacks._written import Schedule, as_configured
 from lightning_freeze.callbacks.base import key_of
+from lightning_freeze.callbacks.metric_monitor import MetricDriven, check_can_be_logged
 from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.model.discovery.adapters import adapter_names

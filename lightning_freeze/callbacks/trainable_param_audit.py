@@ -381,6 +381,7 @@ class TrainableParamAudit(Callback):
             run = self._run
         if run is None:
             return
+        self._record.unreached = () if fit is None else fit.never_trained()
         try:
             run.look(looks.FIT_END, self._now(trainer))
             self._judge.hear(trainer, run, run.look_at_weights(here=True), alone=True)

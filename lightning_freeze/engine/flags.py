@@ -1,14 +1,15 @@
-"""The only writer of `requires_grad`, `.grad` and train/eval mode."""
+"""The only writer of `requires_grad`, `.grad` and train/eval mode, and what goes with the mode."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_freeze.errors import ConflictError
@@ -262,11 +263,50 @@ class _Guard:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """A frozen module is entered."""
-        if module.training and self._applier is not None:
-            self._applier.reassert()
+        applier = self._applier
+        if applier is not None and (module.training or applier.recomputes):
+            applier.reassert()
 
     def __reduce__(self) -> Any:
         return _Guard, ()
+
+
+class _Statistics:
+    """What a frozen batch-norm has seen, put back where those of all batch-norms are recomputed.
+
+    `StochasticWeightAveraging` and torch's `update_bn` reset them and set the momentum to None. Any
+    other write is left as it is, for an audit to find.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._momentum = module, module.momentum
+        self._take()
+
+    def _take(self) -> None:
+        self._kept = {
+            name: (buffer, buffer._version, buffer.clone())
+            for name, buffer in self._module._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
+        }
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether somebody is about to recompute them."""
+        return self._module.momentum is None and self._momentum is not None
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Put them back if they are being recomputed; else take down what they are."""
+        buffers = self._module._buffers
+        if self.recomputed:
+            self._module.momentum = self._momentum
+            for name, (buffer, version, value) in self._kept.items():
+                buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(value)
+        elif all(buffers.get(n) is b and b._version == v for n, (b, v, _) in self._kept.items()):
+            return
+        self._take()
 
 
 class Applier:
@@ -293,6 +333,8 @@ class Applier:
         self._quiet: list[nn.Module] = []
         self._marked: frozenset[str] | None = None  # what may be noted as frozen by a plan
         self._guards: list[RemovableHandle] = []
+        self._statistics: list[_Statistics] = []
+        self._overridden: list[tuple[nn.Module, str, Any]] = []
 
     def _wake(self, trained: frozenset[str]) -> tuple[str, ...]:
         """Undo the eval mode in which `from_pretrained` leaves a model.
@@ -342,21 +384,73 @@ class Applier:
         paths = quiet_modules(self.index, plan)
         check_traced(self.index, paths)
         quiet = [self.index.modules[path] for path in paths]
+        self._override([])
+        awake = self._rnns_to_keep_awake(quiet, frozen)
+        self._override(
+            [(module, "dropout", 0.0) for module in awake]
+            + [(module, "use_nested_tensor", False) for module in self._mixed_encoders(quiet)]
+        )
+        quiet = [module for module in quiet if not any(module is rnn for rnn in awake)]
         kept = {id(module) for module in quiet}
         for module in self._quiet:
             if id(module) not in kept:
                 module.training = self._original[id(module)]
         self._quiet = quiet
+        self._statistics = [
+            _Statistics(m) for m in quiet if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         self.reassert()
         known = set(paths)
         self._guard([path for path in paths if not _parent_in(path, known)])
         return changed
+
+    def _rnns_to_keep_awake(
+        self, quiet: list[nn.Module], frozen: Container[str]
+    ) -> list[nn.RNNBase]:
+        """Frozen RNNs that gradients have to pass: cuDNN can't go back through one in eval mode.
+
+        They stay in train mode, with a dropout of 0 that makes it the same.
+        """
+        rnns = [module for module in quiet if isinstance(module, nn.RNNBase)]
+        if not rnns:
+            return []
+        order = self.index.order
+        trains = [order[name] for name in order if name not in frozen]
+        lowest = min(trains, default=len(order))
+        return [rnn for rnn in rnns if any(lowest < order[n] for n in self.index.within(rnn))]
+
+    def _mixed_encoders(self, quiet: list[nn.Module]) -> Iterator[nn.TransformerEncoder]:
+        """Encoders whose first layer is in eval mode, and another isn't.
+
+        The first one decides that they compute on nested tensors, which train mode can't.
+        """
+        still = {id(module) for module in quiet}
+        for module in self.index.modules.values():
+            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
+                first, *others = module.layers
+                if id(first) in still and any(id(layer) not in still for layer in others):
+                    yield module
+
+    def _override(self, wanted: list[tuple[Any, str, Any]]) -> None:
+        """Set attributes for as long as they are wanted; those that aren't any more come back."""
+        for module, name, value in self._overridden:
+            setattr(module, name, value)
+        self._overridden = [(module, name, getattr(module, name)) for module, name, _ in wanted]
+        for module, name, value in wanted:
+            setattr(module, name, value)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether somebody is about to recompute the statistics of all batch-norms."""
+        return any(statistics.recomputed for statistics in self._statistics)
 
     def reassert(self) -> None:
         """Put frozen modules back in eval mode if somebody called ``train()``."""
         for module in self._quiet:
             if module.training:
                 module.training = False
+        for statistics in self._statistics:
+            statistics.look()
 
     @property
     def quiet(self) -> list[nn.Module]:
@@ -382,4 +476,5 @@ class Applier:
         self._take_guards_off()
         for module in self._quiet:
             module.training = self._before[id(module)]
-        self._quiet = []
+        self._override([])
+        self._quiet, self._statistics = [], []

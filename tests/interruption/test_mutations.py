@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from lightning_freeze import GradualUnfreeze, ReinitTopLayers
-from lightning_freeze.callbacks._following import Following
 from lightning_freeze.callbacks.fit_state import FitState
+from lightning_freeze.callbacks.metric_monitor import MetricMonitor
 from lightning_freeze.callbacks.trainable_param_audit import TrainableParamAudit
 from lightning_freeze.checkpoints import files
 from lightning_freeze.engine import flags as apply
@@ -102,12 +102,16 @@ def the_saved_stage_is_one_too_low(patch: Any) -> None:
 
 @mutation("saving", "AssertionError", at=9, make=by_metric)
 def the_epochs_without_improvement_are_not_saved(patch: Any) -> None:
-    patch(Following, "state", after(Following.state, lambda state, _: {**state, "waited": 0}))
+    patch(
+        MetricMonitor, "state", after(MetricMonitor.state, lambda state, _: {**state, "waited": 0})
+    )
 
 
 @mutation("saving", "AssertionError", at=13, make=by_metric)
 def the_best_value_of_the_metric_is_not_saved(patch: Any) -> None:
-    patch(Following, "state", after(Following.state, lambda state, _: {**state, "best": None}))
+    patch(
+        MetricMonitor, "state", after(MetricMonitor.state, lambda state, _: {**state, "best": None})
+    )
 
 
 @mutation("saving", "AssertionError: since", at=17)
