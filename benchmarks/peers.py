@@ -15,6 +15,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -89,6 +90,7 @@ class Net(LightningModule):
         self.backbone = Backbone()
         self.head = nn.Linear(8, 3)
         self.configure = configure
+        self.used: list[dict[str, list[tuple[float, float]]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -102,7 +104,14 @@ class Net(LightningModule):
         self.log("val_loss", loss, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return self.configure(self)
+        made = self.configure(self)
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        optimizer.register_step_post_hook(self.note)
+        return made
+
+    def note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Keep what the step was really made with, whoever stood in for the optimizer."""
+        self.used.append(options_of(self, args[0]))
 
 
 class NetByStep(Net):
@@ -306,8 +315,8 @@ def group_options(contender: Contender, folder: Path) -> str:
     def run(configure: Configure, prepare: Callable[[Net], None] = lambda net: None) -> str:
         net = Net(configure)
         prepare(net)
-        run = contender.fit(net, folder, epochs=2, callbacks=contender.make())
-        found = options_of(net, run.optimizers[0])
+        contender.fit(net, folder, epochs=2, callbacks=contender.make())
+        found = net.used[-1]
         right = wanted(net, two_groups)
         names = [name for name in right if name.startswith("backbone")]
         off = {}
@@ -365,17 +374,9 @@ def scheduler(kind: str) -> Callable[[Contender, Path], str]:
             return {"optimizer": optimizer, "lr_scheduler": config}
 
         net = Net(configure)
-        seen: list[tuple[float, float]] = []
-
-        def look(trainer: Trainer, *_: Any) -> None:
-            found = options_of(net, trainer.optimizers[0])
-            backbone = found[BACKBONE][0][0] if found[BACKBONE] else float("nan")
-            seen.append((found["head.weight"][0][0], backbone))
-
-        contender.fit(
-            net, folder, epochs=epochs, callbacks=[*callbacks, Hook("on_before_zero_grad", look)]
-        )
-        return seen
+        contender.fit(net, folder, epochs=epochs, callbacks=callbacks)
+        unused = [(math.nan, math.nan)]
+        return [(o["head.weight"][0][0], (o[BACKBONE] or unused)[0][0]) for o in net.used]
 
     def reference(folder: Path, interval: str) -> list[tuple[float, float]]:
         return lrs(NOTHING, folder, interval, [])
@@ -708,15 +709,8 @@ def unchanged_optimizers(contender: Contender, folder: Path) -> str:
     off: dict[str, str] = {}
     for form, configure in FORMS.items():
         net = Net(configure)
-        seen: list[dict[str, list[tuple[float, float]]]] = []
-
-        def look(trainer: Trainer, *_: Any) -> None:
-            if trainer.current_epoch == 1:
-                seen.append(options_of(net, trainer.optimizers[0]))  # noqa: B023
-
-        hook = Hook("on_before_zero_grad", look)
         try:
-            contender.fit(net, folder, epochs=2, callbacks=[*contender.make(scale=0.1), hook])
+            contender.fit(net, folder, epochs=2, callbacks=contender.make(scale=0.1))
         except Exception as error:
             off[form] = f"raises {brief(error)}"
             continue
@@ -724,14 +718,15 @@ def unchanged_optimizers(contender: Contender, folder: Path) -> str:
             name: (lr * (0.1 if name.startswith("backbone") else 1.0), decay)
             for name, (lr, decay) in wanted(net, configure).items()
         }
+        used = net.used[STEPS]
         wrong = [
             name
             for name, right in expected.items()
-            if len(seen[0][name]) != 1 or not _close(seen[0][name][0], right)
+            if len(used[name]) != 1 or not _close(used[name][0], right)
         ]
         if wrong:
             what = "batch-norm tensors" if all("norm" in name for name in wrong) else "tensors"
-            held, right = seen[0][wrong[0]], expected[wrong[0]]
+            held, right = used[wrong[0]], expected[wrong[0]]
             said = " and ".join(
                 f"{option} {got:g} for {should:g}"
                 for option, got, should in zip(("lr", "weight decay"), held[0], right)

@@ -17,11 +17,8 @@ from benchmarks._harness import alone, hushed, show, versions
 from benchmarks.staged import figures
 from benchmarks.staged.contenders import CONTENDERS, KEYS, missing
 from benchmarks.staged.figures import Result
-from benchmarks.staged.fit import fit, tensors, wire
+from benchmarks.staged.fit import fit
 from benchmarks.staged.settings import LAYERS, PADDINGS, Settings, read
-
-# whose peak is compared to the byte
-EXACT = ("hand", "ours")
 
 
 def measure(settings: Settings, keys: Sequence[str], path: Path | None = None) -> Result:
@@ -37,9 +34,6 @@ def measure(settings: Settings, keys: Sequence[str], path: Path | None = None) -
                 result.left_out.append(f"{contender.name}: left out, it isn't installed.")
                 continue
             result.fits[contender.key] = []
-            result.wires[contender.key] = alone(wire, contender.key, settings, data)
-            if contender.key in EXACT:
-                result.tensors[contender.key] = alone(tensors, contender.key, settings, data)
         here = list(result.fits)
         rounds = settings.seeds * settings.repeats
         for number in range(rounds):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from benchmarks._harness import Spread, plus_minus
 from benchmarks.staged.contenders import CONTENDERS, find
-from benchmarks.staged.fit import Fit, Wire
+from benchmarks.staged.fit import Fit
 from benchmarks.staged.settings import STAGES, Settings
 
 MB = 1e6
@@ -25,7 +25,6 @@ HEADS = [
     "later, s",
     "optimizer, MB",
     "gradients, MB",
-    "all-reduced a step, MB",
     "test accuracy, %",
 ]
 
@@ -37,8 +36,6 @@ class Result:
     settings: Settings
     data: str
     fits: dict[str, list[Fit]] = field(default_factory=dict)
-    wires: dict[str, Wire] = field(default_factory=dict)
-    tensors: dict[str, list[int]] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
 
 
@@ -73,7 +70,6 @@ def _row(result: Result, key: str, fits: list[Fit]) -> list[str]:
     hand, full = result.fits.get("hand"), result.fits.get("full")
     least = limits(full, fits) if full else None
     reached = [a / fit.seconds for a, fit in zip(least or (), fits)]
-    wire = result.wires.get(key, Wire([], []))
 
     def seconds(part: Callable[[int], slice]) -> str:
         found = [[statistics.median(f.epochs[part(i)] or [math.nan]) for f in fits] for i in thirds]
@@ -91,11 +87,6 @@ def _row(result: Result, key: str, fits: list[Fit]) -> list[str]:
         seconds(lambda i: slice(each * i + 1, each * (i + 1))),
         "\n".join(f"{value / MB:.2f}" for value in fits[-1].optimizer),
         "\n".join(f"{value / MB:.2f}" for value in fits[-1].gradients),
-        "\n".join(
-            f"{reduced / MB:.2f}" + " !" * (reduced < needed) + " †" * wire.find_unused
-            for reduced, needed in zip(wire.reduced, wire.gradients)
-        )
-        or UNKNOWN,
         plus_minus(list(by_seed(fits).values())),
     ]
 
@@ -103,8 +94,7 @@ def _row(result: Result, key: str, fits: list[Fit]) -> list[str]:
 def notes(result: Result) -> list[str]:
     """What the marks mean, and what is missing."""
     found = [
-        "Three lines: the thirds of the run; optimizer and gradients at their ends. All-reduced: "
-        "counted by a communication hook, in a run of its own with one rank.",
+        "Three lines: the thirds of the run; optimizer and gradients at their ends.",
         "Least by its arithmetic: what the schedule must compute at the speed of full fine-tuning "
         "in the same round. Frozen layers at the bottom are free after their first epoch, a "
         "backward pass goes as deep as something trains, an update costs what it does there. "
@@ -112,14 +102,6 @@ def notes(result: Result) -> list[str]:
     ]
     if any(any(fit.dropout) for fits in result.fits.values() for fit in fits):
         found.append("* leaves dropout on in frozen layers in some stage; all others turn it off.")
-    wires = [wire for wire in result.wires.values() if wire.reduced]
-    if any(a < b for wire in wires for a, b in zip(wire.reduced, wire.gradients)):
-        found.append("! fewer bytes than the gradients that are used: ranks would drift apart.")
-    if any(wire.find_unused for wire in wires):
-        found.append("† can't run without `find_unused_parameters`.")
-    for key, wire in result.wires.items():
-        if not wire.reduced and wire.error:
-            found.append(f"{find(key).name}, all-reduced: not measured ({wire.error}).")
     found += [f"{c.name}: {c.note}." for c in CONTENDERS if c.key in result.fits and c.note]
     for key, fits in result.fits.items():
         aside = {fit.cache.get("aside") for fit in fits} - {None, ""}
@@ -138,21 +120,12 @@ def sentences(result: Result) -> list[str]:
         ("full", "freeze", _against_full),
         ("full", "autofreeze", _against_full),
     ]
-    found = [
+    return [
         f"{find(other).name} against {find(one).name}: "
         + tell(result.fits[one], result.fits[other])
         for one, other, tell in comparisons
         if result.fits.get(one) and result.fits.get(other)
     ]
-    if {"hand", "ours"} <= result.tensors.keys():
-        pairs = zip(result.tensors["hand"], result.tensors["ours"])
-        found.append(
-            "Peak of tensors above the model's own, by hand and with GradualUnfreeze, in bytes, in "
-            "a profiled run of two steps an epoch: "
-            + "; ".join(f"{a:,} and " + ("the same" if a == b else f"{b:,}") for a, b in pairs)
-            + "."
-        )
-    return found
 
 
 def _same_losses(one: list[Fit], other: list[Fit]) -> str:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._harness import hushed, quiet_trainer
@@ -27,7 +24,6 @@ from lightning_freeze.report.step_cost import step_cost
 
 # the first steps of a stage pay for a transition and for allocations
 SKIPPED = 2
-THIRD = "third of the run"
 
 
 @dataclass
@@ -56,16 +52,6 @@ class Fit:
     cache: dict[str, Any]
     least: float
     updated: float
-
-
-@dataclass
-class Wire:
-    """Bytes a step that one rank hands to all-reduce, and those of gradients that are needed."""
-
-    reduced: list[int]
-    gradients: list[int]
-    find_unused: bool = False
-    error: str = ""
 
 
 def nbytes(tensors: Iterable[Any]) -> int:
@@ -176,7 +162,12 @@ def fit(key: str, settings: Settings, data: Data, seed: int) -> Fit:
         module = contender.module(settings.model(data.classes, seed), settings)
         callbacks = contender.callbacks(settings)
         probe = Probe(settings)
-        run = _trainer(settings, [*callbacks, probe], folder)
+        run = quiet_trainer(
+            [*callbacks, probe],
+            settings.epochs,
+            enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks),
+            default_root_dir=folder,
+        )
         batches = loader(data, settings, seed)
         torch.manual_seed(seed)
         started = time.perf_counter()
@@ -199,112 +190,6 @@ def fit(key: str, settings: Settings, data: Data, seed: int) -> Fit:
             caches[0] if caches else {},
             *least_work(settings.model(data.classes, seed), next(iter(batches)), probe.trained),
         )
-
-
-class Reduced(Callback):
-    """Counts what DistributedDataParallel hands to all-reduce, whatever reducer is built."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.per_step: list[int] = [0] * STAGES
-        self.gradients: list[int] = [0] * STAGES
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._now = 0
-        model: Any = trainer.strategy.model
-        if not model._comm_hooks:
-            model.register_comm_hook(None, self._hook())
-
-    def _hook(self) -> Any:
-        def count(state, bucket):  # type: ignore[no-untyped-def]  # torch reads annotations
-            self._now += nbytes([bucket.buffer()])
-            return allreduce_hook(None, bucket)
-
-        return count
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        stage = self.settings.stage(trainer.current_epoch)
-        self.per_step[stage] = self._now
-        self.gradients[stage] = nbytes(p.grad for p in pl_module.parameters() if p.requires_grad)
-
-
-def wire(key: str, settings: Settings, data: Data) -> Wire:
-    """The same schedule on a few samples under DistributedDataParallel, with one rank.
-
-    With `find_unused_parameters` only where it can't do without.
-    """
-    few = replace(settings, batch=2, samples=4)
-    rows = Data(data.train[:4], data.test[:1], data.classes)
-    contender = find(key)
-    if contender.by_step:
-        return Wire([], [], error="what freezes depends on the steps made")
-    # else Lightning lets each rank have all threads
-    os.environ["OMP_NUM_THREADS"] = "1"
-    error = ""
-    for find_unused in (False, True):
-        module = contender.module(settings.model(data.classes, 0), few)
-        counter = Reduced(few)
-        # by name: finetuning-scheduler knows no other way
-        strategy = "ddp_find_unused_parameters_true" if find_unused else "ddp"
-        with hushed(), tempfile.TemporaryDirectory() as folder:
-            run = _trainer(few, [*contender.callbacks(few), counter], folder, strategy=strategy)
-            try:
-                run.fit(module, loader(rows, few, 0))
-            except Exception as raised:  # whatever a library says
-                error = " ".join(str(raised).split())[:150]
-            else:
-                return Wire(counter.per_step, counter.gradients, find_unused)
-    return Wire([], [], True, error)
-
-
-class Marks(Callback):
-    """Tells a profile where a third of the run begins."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.settings.epochs_per_stage == 0:
-            with record_function(THIRD):
-                pass
-
-
-def tensors(key: str, settings: Settings, data: Data) -> list[int]:
-    """Peak of the memory that torch has given to tensors, by third, in a run of two steps an epoch.
-
-    Bytes above those at the start of the fit. A profile is too slow for a run that is timed.
-    """
-    os.environ["KINETO_LOG_LEVEL"] = "99"
-    few = replace(settings, samples=2 * settings.batch)
-    rows = Data(data.train[: few.samples], data.test[:1], data.classes)
-    contender = find(key)
-    with hushed(settings.threads), tempfile.TemporaryDirectory() as folder:
-        module = contender.module(settings.model(data.classes, 0), few)
-        run = _trainer(few, [*contender.callbacks(few), Marks(few)], folder)
-        batches = loader(rows, few, 0)
-        torch.manual_seed(0)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            run.fit(module, batches)
-        now, peaks = 0, [0]
-        events: Any = found.profiler.kineto_results.events()  # type: ignore[union-attr]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                peaks[-1] = max(peaks[-1], now)
-            elif event.name() == THIRD:
-                peaks.append(now)
-        return peaks[:STAGES]
-
-
-def _trainer(settings: Settings, callbacks: list[Callback], folder: str, **options: Any) -> Trainer:
-    return quiet_trainer(
-        callbacks,
-        settings.epochs,
-        enable_checkpointing=any("Checkpoint" in type(callback).__name__ for callback in callbacks),
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        **options,
-    )
 
 
 def _warm_up(settings: Settings, data: Data, seed: int) -> None:
