@@ -113,8 +113,8 @@ def _counted(
     dtype: torch.dtype | None = None,
 ) -> StepCost:
     copied = ModelIndex.of(_without_weights(model, None, dtype))
-    kind = next((p.dtype for p in copied.parameters.values() if p.is_floating_point()), None)
-    calls = [given(inputs)] if inputs is not None else list(guesses(copied, batch, kind))
+    floats = next((p.dtype for p in copied.parameters.values() if p.is_floating_point()), None)
+    calls = [given(inputs)] if inputs is not None else list(guesses(copied, batch, floats))
     if not calls:
         raise CountError(f"no inputs could be guessed for {type(model).__name__}. {_GIVE}")
     parameters = {name: p for name, p in copied.parameters.items() if can_train(p)}
