@@ -20,7 +20,7 @@ from lightning_freeze.schedule.plan import merge
 from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 if TYPE_CHECKING:
-    from lightning_freeze.report.cost import StepCost
+    from lightning_freeze.report.step_cost import StepCost
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class SchedulePreview:
         batch: int = 1,
     ) -> SchedulePreview:
         """Look ahead, and count what a step costs in each stage (see `step_cost`)."""
-        from lightning_freeze.report.cost import step_cost
+        from lightning_freeze.report.step_cost import step_cost
 
         whole(batch, "batch", least=1)
         plain = cls.of(index, schedule, groups, max_epochs)

@@ -358,7 +358,7 @@ def test_a_backbone_that_the_model_froze_itself_is_told(make: Callable[[], Callb
 def test_a_head_that_the_model_froze_itself_is_named_where_nothing_is_left() -> None:
     model = seeded(Toy)
     model.head.requires_grad_(False)
-    with pytest.raises(ConflictError, match=r"`head.weight`, were frozen before the fit"):
+    with pytest.raises(ConflictError, match=r"`head.bias`, were frozen before the fit"):
         trainer(FreezeBackbone(), epochs=1).fit(model, loader())
     trainer(FreezeBackbone(trainable_layers=1), epochs=1).fit(model, loader())  # control
 
