@@ -299,37 +299,31 @@ class TrainableParamAudit(Callback):
     def _follow_hand(self, trainer: Trainer) -> None:
         """Before an epoch's first batch, without a callback of ours that freezes: who freezes now.
 
-        Whole modules that were frozen or released since, by hand or by another callback, are a new
-        declaration. A single tensor, or anything in the middle of an epoch, is not.
+        Whole modules that were frozen, or released, since then by hand or by another callback are
+        a new declaration. Single tensors, both at once, and what comes in the middle of an epoch
+        are not.
         """
         fit, run = self._fit, self._run
         if fit is None or fit.index is None or run is None or fit.managed:
             return
-        index = fit.index
+        index, declared = fit.index, self._declared
         flags = {name: p.requires_grad for name, p in index.parameters.items()}
-        flipped = [
-            name
-            for name, trains in flags.items()
-            if trains == (name in self._declared.frozen) and name not in self._declared.ignored
-        ]
-        owners = {name: index.owner(name) for name in flags}
-        mixed = {owners[name] for name in flipped if flags[name]}.intersection(
-            owners[name] for name, trains in flags.items() if not trains
-        ) | {owners[name] for name in flipped if not flags[name]}.intersection(
-            owners[name] for name, trains in flags.items() if trains
-        )
-        if not flipped or any(owners[name] in mixed for name in flipped):
+        flipped = [n for n, trains in flags.items() if trains == (n in declared.frozen)]
+        flipped = [name for name in flipped if name not in declared.ignored]
+        if len({flags[name] for name in flipped}) != 1:
+            return
+        on = flags[flipped[0]]
+        others = {index.owner(name) for name, trains in flags.items() if trains != on}
+        if any(index.owner(name) in others for name in flipped):
             return
         self._check(trainer, flags=False)
         self._declared = Declared.by_flags(index).without(self._ignored, index)
         fit.plan = replace(fit.plan, frozen=self._declared.frozen)
         run.declare(self._declared, self._now(trainer))
         self._chronicle.take_down(trainer, run)
-        on = [name for name in flipped if flags[name]]
-        what = f"{len(on)} begin to train" if on else f"{len(flipped)} are frozen"
         rank_zero_info(
-            f"Audit: from epoch {trainer.current_epoch} on, {what}, such as "
-            f"`{(on or flipped)[0]}`, by hand or by another callback."
+            f"Audit: from epoch {trainer.current_epoch} on, {len(flipped)} parameters such as "
+            f"`{flipped[0]}` {'train' if on else 'are frozen'}, by hand or by another callback."
         )
 
     # while it runs
