@@ -8,6 +8,7 @@ from math import ceil, inf
 from typing import Any
 
 from lightning_freeze.callbacks._lightning import Trainer, is_a, rank_zero_warn
+from lightning_freeze.callbacks.early_stopping import stoppers_of
 from lightning_freeze.checkpoints.origin.find import find_origins
 from lightning_freeze.checkpoints.origin.frozen import untouched
 from lightning_freeze.model.index import ModelIndex
@@ -67,30 +68,43 @@ def warn_unreached(trainer: Trainer, schedules: Mapping[str, UnfreezeSchedule]) 
         trainer: has `max_epochs`, `max_steps` and the stoppers.
         schedules: a callback, in words -> its schedule.
     """
+    if trainer.fast_dev_run:  # type: ignore[union-attr]
+        return
     ends = {"epoch": trainer.max_epochs, "step": trainer.max_steps}
     for callback, schedule in schedules.items():
         if schedule.unit in ends and not schedule.endless:
             _warn_beyond(callback, schedule, ends[schedule.unit])
-    stoppers = [cb for cb in trainer.callbacks if is_a(cb, "EarlyStopping")]  # type: ignore[union-attr]
-    for callback, schedule in schedules.items():
-        waits = [b.at - a.at for a, b in pairwise(schedule.stages)]
-        for stopper in stoppers if schedule.unit == "epoch" and not schedule.endless else ():
-            if any(wait > stopper.patience for wait in waits):
-                rank_zero_warn(
-                    f"{callback} has a stage of {max(waits)} epochs, and "
-                    f"EarlyStopping({stopper.monitor!r}) may end the fit after "
-                    f"{stopper.patience} without improvement: later stages may never come. Use "
-                    f"`monitor={stopper.monitor!r}` in the schedule's place, which begins the next "
-                    f"stage instead, or a `patience` of {max(waits)} and more."
-                )
+        if schedule.unit == "epoch" and not schedule.endless:
+            _warn_stopped(callback, schedule, trainer)
+
+
+def _warn_stopped(callback: str, schedule: UnfreezeSchedule, trainer: Trainer) -> None:
+    """A stopper that is less patient than a stage is long, before something that is to train."""
+    pairs = zip(pairwise(schedule.stages), schedule.arrivals()[1:])
+    longest = max((after.at - before.at for (before, after), names in pairs if names), default=0)
+    every, part = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    if every is None or not isinstance(part, float):
+        return  # how many checks an epoch has isn't known
+    for stopper in stoppers_of(trainer):
+        if longest > stopper.patience * every * part:
+            rank_zero_warn(
+                f"{callback} has a stage of {longest} epochs, and "
+                f"EarlyStopping({stopper.monitor!r}) may end the fit after {stopper.patience} "
+                "checks without improvement: later stages may never come. Use "
+                f"`GradualUnfreeze(monitor={stopper.monitor!r})`, which begins the next stage "
+                f"instead, or a `patience` of {ceil(longest / (every * part))} and more."
+            )
 
 
 def warn_unreached_by_batches(trainer: Trainer, schedules: Mapping[str, UnfreezeSchedule]) -> None:
     """The same where steps and epochs have to be compared, once an epoch's batches are known."""
-    tuned = any(is_a(cb, kind) for cb in trainer.callbacks for kind in _TUNERS)  # type: ignore[union-attr]
+    run: Any = trainer
+    unsure = any(is_a(cb, kind) for cb in run.callbacks for kind in _CHANGE_STEPS)
+    if unsure or run.fast_dev_run or not run.lightning_module.automatic_optimization:
+        return
     steps = trainer.estimated_stepping_batches
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-    if tuned or not trainer.lightning_module.automatic_optimization or not 0 < steps < inf:
+    if not 0 < steps < inf:
         return
     for callback, schedule in schedules.items():
         if schedule.endless:
@@ -103,7 +117,8 @@ def warn_unreached_by_batches(trainer: Trainer, schedules: Mapping[str, Unfreeze
                 _warn_beyond(callback, schedule, epochs)
 
 
-_TUNERS = ("LearningRateFinder", "BatchSizeFinder")
+# they change what a step or the length of a fit is while it runs
+_CHANGE_STEPS = ("LearningRateFinder", "BatchSizeFinder", "GradientAccumulationScheduler")
 
 
 def _warn_beyond(callback: str, schedule: UnfreezeSchedule, end: int | None) -> None:

@@ -330,7 +330,8 @@ class FitState:
 
     def never_trained(self) -> tuple[str, ...]:
         """Names that a schedule was to train, and that haven't trained so far."""
-        ever = frozenset[str]().union(*(s.ever for s in self.schedules.values()))
+        schedules = [schedule for schedule in self.schedules.values() if not schedule.endless]
+        ever = frozenset[str]().union(*(schedule.ever for schedule in schedules))
         never = frozenset[str]().union(*(s.never for s in self.schedules.values()))
         names = () if self.index is None else self.index.parameters
         return tuple(n for n in names if n in ever - never - self._trained - self._before)

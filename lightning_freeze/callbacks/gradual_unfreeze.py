@@ -72,7 +72,8 @@ class GradualUnfreeze(MetricDriven):
         order: "top_down", or "bottom_up" for the lowest group first.
         unit: "epoch", or "step" for optimizer steps.
         monitor: a logged metric; the next groups unfreeze when it hasn't improved by `min_delta`
-            for `patience` epochs.
+            for `patience` epochs, or when an `EarlyStopping` would end the fit because its own
+            patience is exhausted. Each stage has a stopper's whole patience; its best score stays.
         mode: "min" or "max": which way the metric improves.
         patience: epochs with a value of the metric that bring no improvement.
         min_delta: the least change of the metric that counts as improvement.

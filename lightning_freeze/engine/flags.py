@@ -20,11 +20,14 @@ from lightning_freeze.schedule.plan import FreezePlan
 # torch's operations that have a mode, and the place of their argument for it
 _TRAINING = {"aten::batch_norm": 5, "aten::dropout": 2}
 
+# what torch goes by in the forward pass of an encoder, set from `enable_nested_tensor`
+_NESTED = "use_nested_tensor"
+
 # Notes in a module's `__dict__`, which go along when a model is copied or pickled: the keys of its
 # own parameters that a plan switched off, so that a later fit can tell them from what the user
-# froze; and the mode that it had before `freeze`.
+# froze; and the attributes that it had before `freeze`.
 _FROZEN_BY_PLAN = "_frozen_by_lightning_freeze"
-_MODE_BEFORE = "_mode_before_lightning_freeze"
+_BEFORE = "_before_lightning_freeze"
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -68,10 +71,13 @@ def freeze(model: nn.Module, selectors: Selectors, *, eval_mode: bool = True) ->
     if eval_mode:
         check_traced(index, paths)
     _set_flags(index, names, trains=False, by_plan=False)
-    for module in map(index.modules.__getitem__, paths if eval_mode else ()):
-        if module.training:
-            vars(module).setdefault(_MODE_BEFORE, True)
-            module.training = False  # not .eval(): that recurses, and users override it
+    if eval_mode:
+        for module in map(index.modules.__getitem__, paths):
+            # the attribute, not .eval(): that recurses, and users override it
+            name, value = ("dropout", 0.0) if _needs_train_mode(module) else ("training", False)
+            _set_by_hand(module, name, value)
+        for encoder in _mixed_encoders(index, inside):
+            _set_by_hand(encoder, _NESTED, False)
     return names
 
 
@@ -101,11 +107,46 @@ def unfreeze(model: nn.Module, selectors: Selectors) -> tuple[str, ...]:
     names = tuple(n for n in select(index, selectors) if can_train(index.parameters[n]))
     _set_flags(index, names, trains=True, by_plan=False)
     off = frozenset(n for n, p in index.parameters.items() if not p.requires_grad)
-    quiet = {id(index.modules[p]) for p in quiet_modules(index, FreezePlan(off, off))}
+    quiet = quiet_modules(index, FreezePlan(off, off))
+    still = {id(index.modules[path]) for path in quiet}
+    still |= {id(encoder) for encoder in _mixed_encoders(index, quiet)}
     for module in index.modules.values():
-        if _MODE_BEFORE in vars(module) and id(module) not in quiet:
-            module.training = vars(module).pop(_MODE_BEFORE)
+        if _BEFORE in vars(module) and id(module) not in still:
+            for name, value in vars(module).pop(_BEFORE).items():
+                setattr(module, name, value)
     return names
+
+
+def _set_by_hand(module: nn.Module, name: str, value: Any) -> None:
+    if getattr(module, name) != value:
+        vars(module).setdefault(_BEFORE, {})[name] = getattr(module, name)
+        setattr(module, name, value)
+
+
+def _needs_train_mode(module: nn.Module) -> bool:
+    """Whether a frozen module stays in train mode, with a dropout of 0 that makes it the same.
+
+    cuDNN can't go back through an RNN in eval mode, to what trains below it.
+    """
+    return isinstance(module, nn.RNNBase)
+
+
+def _mixed_encoders(index: ModelIndex, quiet: Iterable[str]) -> Iterator[nn.TransformerEncoder]:
+    """Encoders whose first layer is in eval mode, and another isn't.
+
+    The first one decides that they compute on nested tensors, which train mode can't.
+
+    Args:
+        index: the model.
+        quiet: paths of the modules in eval mode.
+    """
+    still = {id(index.modules[path]) for path in quiet}
+    for module in index.modules.values():
+        # one that was pickled by an older torch has no such attribute, and no such path
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, _NESTED):
+            modes = [id(layer) in still for layer in module.layers]
+            if any(modes[:1]) and not all(modes):
+                yield module
 
 
 def frozen_by_user(index: ModelIndex) -> frozenset[str]:
@@ -274,8 +315,9 @@ class _Guard:
 class _Statistics:
     """What a frozen batch-norm has seen, put back where those of all batch-norms are recomputed.
 
-    `StochasticWeightAveraging` and torch's `update_bn` reset them and set the momentum to None. Any
-    other write is left as it is, for an audit to find.
+    `StochasticWeightAveraging` and torch's `update_bn` reset them and set the momentum to None;
+    where it was None before, they are found with no batch counted. Any other write is left as it
+    is, for an audit to find.
     """
 
     def __init__(self, module: Any) -> None:
@@ -292,7 +334,13 @@ class _Statistics:
     @property
     def recomputed(self) -> bool:
         """Whether somebody is about to recompute them."""
-        return self._module.momentum is None and self._momentum is not None
+        if self._module.momentum is not None or self._momentum is not None:
+            return self._module.momentum is None
+        now = self._module.num_batches_tracked
+        if now is None or is_lazy(now):
+            return False
+        count, version, value = self._kept["num_batches_tracked"]
+        return (now is not count or now._version != version) and int(now) == 0 < int(value)
 
     @torch.no_grad()
     def look(self) -> None:
@@ -307,6 +355,13 @@ class _Statistics:
         elif all(buffers.get(n) is b and b._version == v for n, (b, v, _) in self._kept.items()):
             return
         self._take()
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Put back what was written past autograd: an average of equal values is rounded."""
+        for name, (buffer, version, value) in self._kept.items():
+            if self._module._buffers.get(name) is buffer and buffer._version == version:
+                buffer.copy_(value)
 
 
 class Applier:
@@ -385,12 +440,13 @@ class Applier:
         check_traced(self.index, paths)
         quiet = [self.index.modules[path] for path in paths]
         self._override([])
-        awake = self._rnns_to_keep_awake(quiet, frozen)
-        self._override(
-            [(module, "dropout", 0.0) for module in awake]
-            + [(module, "use_nested_tensor", False) for module in self._mixed_encoders(quiet)]
-        )
-        quiet = [module for module in quiet if not any(module is rnn for rnn in awake)]
+        wanted: list[tuple[Any, str, Any]] = [
+            (encoder, _NESTED, False) for encoder in _mixed_encoders(self.index, paths)
+        ]
+        for module in filter(_needs_train_mode, quiet):
+            wanted += [(module, "training", True), (module, "dropout", 0.0)]
+        self._override(wanted)
+        quiet = [module for module in quiet if not _needs_train_mode(module)]
         kept = {id(module) for module in quiet}
         for module in self._quiet:
             if id(module) not in kept:
@@ -403,33 +459,6 @@ class Applier:
         known = set(paths)
         self._guard([path for path in paths if not _parent_in(path, known)])
         return changed
-
-    def _rnns_to_keep_awake(
-        self, quiet: list[nn.Module], frozen: Container[str]
-    ) -> list[nn.RNNBase]:
-        """Frozen RNNs that gradients have to pass: cuDNN can't go back through one in eval mode.
-
-        They stay in train mode, with a dropout of 0 that makes it the same.
-        """
-        rnns = [module for module in quiet if isinstance(module, nn.RNNBase)]
-        if not rnns:
-            return []
-        order = self.index.order
-        trains = [order[name] for name in order if name not in frozen]
-        lowest = min(trains, default=len(order))
-        return [rnn for rnn in rnns if any(lowest < order[n] for n in self.index.within(rnn))]
-
-    def _mixed_encoders(self, quiet: list[nn.Module]) -> Iterator[nn.TransformerEncoder]:
-        """Encoders whose first layer is in eval mode, and another isn't.
-
-        The first one decides that they compute on nested tensors, which train mode can't.
-        """
-        still = {id(module) for module in quiet}
-        for module in self.index.modules.values():
-            if isinstance(module, nn.TransformerEncoder) and module.use_nested_tensor:
-                first, *others = module.layers
-                if id(first) in still and any(id(layer) not in still for layer in others):
-                    yield module
 
     def _override(self, wanted: list[tuple[Any, str, Any]]) -> None:
         """Set attributes for as long as they are wanted; those that aren't any more come back."""
@@ -477,4 +506,6 @@ class Applier:
         for module in self._quiet:
             module.training = self._before[id(module)]
         self._override([])
+        for statistics in self._statistics:
+            statistics.end()
         self._quiet, self._statistics = [], []
