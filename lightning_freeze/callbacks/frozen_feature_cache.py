@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
-from lightning_freeze.callbacks._copies import own_state
+from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -179,6 +179,10 @@ class FrozenFeatureCache(Callback):
         if self._run is not None:
             self._run.stop()
             self._run = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep nothing of the model."""
+        forget_model(self)
 
 
 def _callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -28,6 +28,7 @@ _NESTED = "use_nested_tensor"
 # froze; and the attributes that it had before `freeze`.
 _FROZEN_BY_PLAN = "_frozen_by_lightning_freeze"
 _BEFORE = "_before_lightning_freeze"
+NOTES = frozenset({_FROZEN_BY_PLAN, _BEFORE})
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -170,8 +171,6 @@ def _note(index: ModelIndex, name: str, *, by_plan: bool) -> None:
         notes.setdefault(_FROZEN_BY_PLAN, set()).add(key)
     elif key in notes.get(_FROZEN_BY_PLAN, ()):
         notes[_FROZEN_BY_PLAN].remove(key)
-        if not notes[_FROZEN_BY_PLAN]:
-            del notes[_FROZEN_BY_PLAN]
 
 
 def release(index: ModelIndex, claimed: Iterable[str] = ()) -> None:
@@ -509,3 +508,6 @@ class Applier:
         for statistics in self._statistics:
             statistics.end()
         self._quiet, self._statistics = [], []
+        for module in self.index.modules.values():
+            if vars(module).get(_FROZEN_BY_PLAN) == set():
+                del vars(module)[_FROZEN_BY_PLAN]
