@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["COLUMNS"] = "110"  # whoever runs the tests, and wherever
 # on a busy machine, threads that spin while they wait for each other take twenty times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

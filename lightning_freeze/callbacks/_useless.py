@@ -49,7 +49,8 @@ def warn_left_out(schedules: Mapping[str, UnfreezeSchedule], held: frozenset[str
         held: names of what the optimizers hold, frozen or not.
     """
     for callback, schedule in schedules.items():
-        out = [names for names in schedule.arrivals() if names and names.isdisjoint(held)]
+        asked = [names & schedule.governed for names in schedule.arrivals()]
+        out = [names for names in asked if names and names.isdisjoint(held)]
         if out and held:
             missing = sorted(frozenset().union(*out))
             rank_zero_warn(

@@ -401,7 +401,8 @@ def listed(given: Any) -> list[Optimizer]:
         ArgumentError: there is something else among them.
 
     Example:
-        >>> sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> from torch import nn, optim
+        >>> sgd = optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
         >>> listed(([sgd], [])) == listed({"optimizer": sgd, "lr_scheduler": None}) == [sgd]
         True
     """

@@ -38,7 +38,8 @@ def check_conflicts(
     if not plan.trainable(every):
         labels = ", ".join(schedules)
         by_hand = sorted(plan.frozen.intersection(every).difference(*(p.frozen for p in plans)))
-        if by_hand:
+        why = next((s.advice for _, s in listed if s.advice), "")
+        if by_hand and not why:
             raise ConflictError(
                 f"Nothing is left to train at the start: what {labels} would leave trainable, "
                 f"{len(by_hand)} parameters such as `{by_hand[0]}`, were frozen before the fit "
@@ -51,7 +52,6 @@ def check_conflicts(
         advice = "leave at least the head trainable, as in `FreezeBackbone()`"
         if first:
             advice = f'name the head at 0, as in `{{0: "classifier", {first}: ...}}`'
-        why = next((s.advice for _, s in listed if s.advice), "")
         advice = f": {why}." if why else f". Let something train: {advice}."
         raise ConflictError(
             f"Nothing is left to train at the start: {labels} "

@@ -639,6 +639,13 @@ def test_an_optimizer_that_holds_only_the_head_is_told() -> None:
             trainer(make(), epochs=1).fit(seeded(lambda: Toy(head)), loader())
     trainer(FreezeBackbone(), epochs=1).fit(seeded(lambda: Toy(head)), loader())  # control
 
+    def filtered(module: Any) -> Any:
+        return torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+
+    model = seeded(lambda: Toy(filtered))
+    model.backbone.embed.requires_grad_(False)  # left out because the user froze it
+    trainer(GradualUnfreeze(), epochs=5).fit(model, loader())
+
 
 @pytest.mark.parametrize(
     "make",
