@@ -357,9 +357,18 @@ class _Statistics:
 
     @torch.no_grad()
     def end(self) -> None:
-        """Put back what was written past autograd: an average of equal values is rounded."""
-        for name, (buffer, version, value) in self._kept.items():
-            if self._module._buffers.get(name) is buffer and buffer._version == version:
+        """Put back what was written past autograd and differs by rounding alone.
+
+        An average of equal values is rounded; one of what trained before it froze is meant.
+        """
+        pairs = [
+            (buffer, value)
+            for name, (buffer, version, value) in self._kept.items()
+            if self._module._buffers.get(name) is buffer and buffer._version == version
+        ]
+        real = [(buffer, value) for buffer, value in pairs if value.is_floating_point()]
+        if all(torch.allclose(buffer, value, rtol=1e-2, equal_nan=True) for buffer, value in real):
+            for buffer, value in pairs:
                 buffer.copy_(value)
 
 

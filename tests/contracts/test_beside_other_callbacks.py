@@ -475,6 +475,19 @@ def test_an_average_of_equal_statistics_is_not_rounded_into_the_model(first: boo
     assert moved(with_statistics(), *(pair if first else pair[::-1])) == set()
 
 
+def test_an_average_of_what_trained_before_it_froze_is_left_in_the_model() -> None:
+    class AtTheEnd(Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            self.state = state(pl_module)
+
+    model, end = with_statistics(), AtTheEnd()
+    trainer(GradualFreeze(), WeightAveraging(), end, epochs=6).fit(model, loader())
+    assert changed(end.state, state(model)) == set()
+    other = with_statistics()
+    trainer(GradualFreeze(), epochs=6).fit(other, loader())
+    assert "backbone.blocks.0.norm.running_mean" in changed(state(other), end.state)  # control
+
+
 # Metrics
 
 
