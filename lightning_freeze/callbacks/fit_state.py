@@ -19,7 +19,6 @@ from lightning_freeze.callbacks._lightning import (
     is_overridden,
     rank_zero_warn,
 )
-from lightning_freeze.callbacks._precision import check_scaler, scales
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
 from lightning_freeze.callbacks._useless import (
     warn_blocked,
@@ -220,9 +219,9 @@ class FitState:
             never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
             modes = any(schedule.eval_mode for schedule in self.schedules.values())
             self.applier = flags.Applier(self.index, self.groups.held - never if modes else ())
-            if scales(trainer):
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
                 for stages in self._ahead():
-                    check_scaler(self.groups, self._merged(stages).frozen)
+                    self.groups.check_scaler(self._merged(stages).frozen)
             self.resume(trainer, resumed)
             if trainer.ckpt_path is not None:
                 self.groups.make_whole()  # optimizer state is loaded next
