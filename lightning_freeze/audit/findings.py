@@ -42,7 +42,6 @@ class Finding:
         cause: what the audit found to be the reason, or that it found none.
         fix: what to do about it.
         since: epoch and step of the last look at which it was still right; None if there was none.
-        severity: "error", or "warning" for what may be meant: it never ends a fit.
     """
 
     code: str
@@ -54,7 +53,6 @@ class Finding:
     cause: str = ""
     fix: str = ""
     since: tuple[int, int] | None = None
-    severity: str = "error"
 
     def __str__(self) -> str:
         where = f"epoch {self.epoch}, step {self.step}, rank {self.rank}"
@@ -88,11 +86,10 @@ class Seen:
     cause: str = ""
     fix: str = ""
     since: tuple[int, int] | None = None
-    severity: str = "error"
 
     def at(self, epoch: int, step: int, rank: int) -> Finding:
         """Stamp it."""
-        told = (self.message, self.cause, self.fix, self.since, self.severity)
+        told = (self.message, self.cause, self.fix, self.since)
         return Finding(self.code, self.names, epoch, step, rank, *told)
 
 

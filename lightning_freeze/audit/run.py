@@ -94,7 +94,6 @@ class AuditRun:
         self._reduced = reduced
         self._batches_per_step = batches_per_step
         self._idle = 0
-        self._stuck: frozenset[str] = frozenset()
         self._lively: tuple[str, ...] | None = None
         self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
         self.watch = GradientWatch(dead_after)
@@ -175,7 +174,6 @@ class AuditRun:
         self._frozen_always &= declared.frozen
         self._hunted = frozenset()
         self._lively = None
-        self._stuck = frozenset()
         self._stop_probe()
         self._arm(now)
         self._begin(looks.EPOCH, now)
@@ -375,39 +373,18 @@ class AuditRun:
         alive = self.watch.alive
         optimizers = self._optimizers()
         unmoved = self._movement.unmoved(optimizers)
-        seen = not_moved(
+        self._queue += not_moved(
             self._groups,
             self.ledger.index.parameters,
             {name: stuck for name, stuck in unmoved.items() if name in alive},
             optimizers,
             self.watch.dead_after,
         )
-        self._queue += self._weighed(seen)
-
-    def _weighed(self, seen: list[Seen]) -> list[Seen]:
-        """A part that doesn't train may be meant so, such as a pooler that nothing uses.
-
-        It is an error where nothing else of what trains does, and a warning otherwise.
-        """
-        stuck = {name for item in seen for name in item.names} | self._stuck
-        self._stuck = frozenset(stuck)
-        held = held_by(self._optimizers())
-        index, declared = self.ledger.index, self.ledger.declared
-        trains = {
-            name
-            for name, parameter in index.parameters.items()
-            if parameter.requires_grad and id(parameter) in held and name not in declared.ignored
-        }
-        if trains and trains <= stuck:
-            return seen
-        return [
-            replace(item, severity="warning", fix=f"{item.fix} If it is meant so: `ignore=`.")
-            for item in seen
-        ]
 
     def epoch_ends(self, now: Moment) -> None:
         """Behind an epoch's last batch and its validation."""
         self.look(looks.EPOCH_END, now)
+        self.check_movement()
         if not self._looked_for_hidden:
             self._looked_for_hidden = True
             self._queue += hidden(self.ledger.model, self._optimizers())
@@ -446,13 +423,11 @@ class AuditRun:
     def _tell_of_dead(self, dead: list[str], steps: int = 0) -> None:
         probe = self._probe or Probe(self.ledger.index, ())
         holder = of_all_held(dead, self.ledger.index, self._optimizers())
-        found: list[Seen] = []
         for seen in without_gradient(self._groups, dead, steps or self.watch.dead_after, probe.why):
             if holder:
                 cause = f"Nothing that {holder} holds has one. {seen.cause}"
-                seen = replace(seen, cause=cause)
-            found.append(seen)
-        self._queue += self._weighed(found)
+                seen = Seen(seen.code, seen.names, seen.message, cause, seen.fix)
+            self._queue.append(seen)
         self._stop_probe()
 
     def _stop_probe(self) -> None:

@@ -38,15 +38,14 @@ class Judge:
         """
         mine = _stamped(trainer, seen)
         new = self._keep(trainer, run, [mine] if alone else from_all_ranks(mine, "findings"))
-        errors = [finding for finding in new if finding.severity == "error"]
-        if errors and self._raises:
+        if new and self._raises:
             # not in `on_exception` alone: processes that a launcher started never get there
             self._papers.write(trainer, run)
             if not alone:
                 from_all_ranks(
                     None, "the end of an audit"
                 )  # the first to raise ends the others, also while they write
-            raise known_to_all(error_for(errors))
+            raise known_to_all(error_for(new))
         return new
 
     def note(self, trainer: Trainer, run: AuditRun, seen: list[Seen]) -> None:
@@ -56,8 +55,8 @@ class Judge:
     def _keep(self, trainer: Trainer, run: AuditRun, found: list[list[Finding]]) -> list[Finding]:
         listed = [finding for each in found for finding in each]
         new = self._record.keep(listed, by_cause=run.hunting)
-        for finding in new if trainer.is_global_zero else ():
-            if not self._raises or finding.severity == "warning":
+        if not self._raises and trainer.is_global_zero:
+            for finding in new:
                 warnings.warn(str(finding), stacklevel=3)
         return new
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -24,13 +23,7 @@ from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
-from lightning_freeze.callbacks._lightning import (
-    Callback,
-    LightningModule,
-    Trainer,
-    is_fitting,
-    rank_zero_info,
-)
+from lightning_freeze.callbacks._lightning import Callback, LightningModule, Trainer, is_fitting
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
@@ -139,7 +132,6 @@ class TrainableParamAudit(Callback):
         self._ignored: frozenset[str] = frozenset()
         self._last_step = 0
         self._hunt_ends = -1
-        self._checked_first = False
         self._ended = False
         self._saved: dict[str, Any] = {}
 
@@ -240,7 +232,7 @@ class TrainableParamAudit(Callback):
             self._hooks.add(optimizer, self._run, lambda: self._now(trainer))
         self._last_step = trainer.global_step
         self._chronicle.change(trainer, fit, self._run)
-        if fit.managed:
+        if self._resumed is None or fit.managed:
             self._first_check(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, fit: FitState) -> None:
@@ -268,7 +260,6 @@ class TrainableParamAudit(Callback):
     def _first_check(self, trainer: Trainer) -> None:
         assert self._run is not None
         assert self._fit is not None
-        self._checked_first = True
         resumed, self._resumed = self._resumed, None
         schedules = self._fit.schedules.values()
         governed = frozenset[str]().union(*(schedule.governed for schedule in schedules))
@@ -296,36 +287,6 @@ class TrainableParamAudit(Callback):
             self._hunt_ends = -1
             self._chronicle.change(trainer, fit, self._run)
 
-    def _follow_hand(self, trainer: Trainer) -> None:
-        """Before an epoch's first batch, without a callback of ours that freezes: who freezes now.
-
-        Whole modules that were frozen, or released, since then by hand or by another callback are
-        a new declaration. Single tensors, both at once, and what comes in the middle of an epoch
-        are not.
-        """
-        fit, run = self._fit, self._run
-        if fit is None or fit.index is None or run is None or fit.managed:
-            return
-        index, declared = fit.index, self._declared
-        flags = {name: p.requires_grad for name, p in index.parameters.items()}
-        flipped = [n for n, trains in flags.items() if trains == (n in declared.frozen)]
-        flipped = [name for name in flipped if name not in declared.ignored]
-        if len({flags[name] for name in flipped}) != 1:
-            return
-        on = flags[flipped[0]]
-        others = {index.owner(name) for name, trains in flags.items() if trains != on}
-        if any(index.owner(name) in others for name in flipped):
-            return
-        self._check(trainer, flags=False)
-        self._declared = Declared.by_flags(index).without(self._ignored, index)
-        fit.plan = replace(fit.plan, frozen=self._declared.frozen)
-        run.declare(self._declared, self._now(trainer))
-        self._chronicle.take_down(trainer, run)
-        rank_zero_info(
-            f"Audit: from epoch {trainer.current_epoch} on, {len(flipped)} parameters such as "
-            f"`{flipped[0]}` {'train' if on else 'are frozen'}, by hand or by another callback."
-        )
-
     # while it runs
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -342,10 +303,8 @@ class TrainableParamAudit(Callback):
         if self._fit is None or self._run is None:
             return
         self._fit.tick(trainer)
-        if batch_idx == 0:
-            self._follow_hand(trainer)
-        if not self._checked_first:
-            # a freeze by hand is often made at an epoch's start, behind `on_train_start`
+        if self._resumed is not None:
+            # a freeze by hand is often put back at an epoch's start, behind `on_train_start`
             self._first_check(trainer)
         self._run.batch_starts(self._now(trainer))
 

@@ -29,7 +29,6 @@ def test_a_finding_is_plain_values() -> None:
         "cause": "Because.",
         "fix": "Mend it.",
         "since": None,
-        "severity": "error",
     }
 
 
