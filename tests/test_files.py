@@ -8,13 +8,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from lightning_freeze.checkpoints.files import write_json, write_whole
 
 
 def test_json_is_written_with_its_folders(tmp_path: Path) -> None:
-    path = write_json(tmp_path / "a" / "b" / "report.json", {"x": [1, None, "é"]})
+    path = tmp_path / "a" / "b" / "report.json"
+    write_json(path, {"x": [1, None, "é"]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"x": [1, None, "é"]}
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
@@ -61,9 +63,12 @@ def test_a_folder_that_is_a_file_is_an_os_error(tmp_path: Path) -> None:
 
 
 def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
+    path = tmp_path / "x"
     before = os.umask(0o027)
     try:
-        path = write_whole(tmp_path / "x", b"x")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "umask", lambda _: pytest.fail("other threads share the umask"))
+            write_whole(path, b"x")
     finally:
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -71,7 +76,8 @@ def test_a_file_has_the_rights_that_the_umask_leaves(tmp_path: Path) -> None:
 
 def test_json_has_no_nan(tmp_path: Path) -> None:
     nan, infinity = float("nan"), float("inf")
-    path = write_json(tmp_path / "x.json", {"lr": [nan, (-infinity, 1.5)], "x": {"y": infinity}})
+    path = tmp_path / "x.json"
+    write_json(path, {"lr": [nan, (-infinity, 1.5)], "x": {"y": infinity}})
     assert json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail) == {
         "lr": ["nan", ["-inf", 1.5]],
         "x": {"y": "inf"},
@@ -83,7 +89,7 @@ def test_a_path_may_begin_in_the_home_folder(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
-    assert write_json("~/a/report.json", {}) == tmp_path / "a" / "report.json"
+    write_json("~/a/report.json", {})
     assert (tmp_path / "a" / "report.json").exists()
 
 
@@ -115,3 +121,8 @@ def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> N
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link", "pipe"]
     with pytest.raises(OSError, match="directory"):
         write_whole(tmp_path, b"hello")
+
+
+def test_json_is_written_to_a_url_that_fsspec_knows() -> None:
+    write_json("memory://a/b/report.json", {"x": 1})
+    assert json.loads(fsspec.filesystem("memory").cat("/a/b/report.json")) == {"x": 1}

@@ -7,9 +7,7 @@ from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._loggers import Loggers
 from lightning_freeze.callbacks.fit_state import FitState
-from lightning_freeze.checkpoints.origin.find import find_origins
-from lightning_freeze.checkpoints.origin.frozen import never_learns
-from lightning_freeze.checkpoints.origin.states import Origins
+from lightning_freeze.checkpoints.origin import Origins, find_origins, never_learns
 from lightning_freeze.model.index import size_of
 from lightning_freeze.report.labels import unique
 from lightning_freeze.report.summary import Summary, rows_of

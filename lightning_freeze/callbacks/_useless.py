@@ -9,8 +9,7 @@ from typing import Any
 
 from lightning_freeze.callbacks._lightning import Trainer, is_a, rank_zero_warn
 from lightning_freeze.callbacks.early_stopping import stoppers_of
-from lightning_freeze.checkpoints.origin.find import find_origins
-from lightning_freeze.checkpoints.origin.frozen import untouched
+from lightning_freeze.checkpoints.origin import find_origins, untouched
 from lightning_freeze.model.index import ModelIndex
 from lightning_freeze.schedule.schedule import UnfreezeSchedule
 

@@ -66,6 +66,9 @@ class TrainableParamAudit(Callback):
             fit end and whenever a checkpoint is saved: a path, True for `certificate.json` beside
             the checkpoints (nowhere if none are saved), or False. Each checkpoint holds one in any
             case. `lightning-freeze verify` compares a file with it.
+        certificate_digest: "xxh3_128", which tells damage, or "sha256", which also tells forgery
+            once the file is signed (docs/certificates.md); that is worked out at fit end, until
+            then the file holds the former. The certificate says which it has.
         ignore: selectors of parameters and buffers that may change although they require no
             gradient, because the module itself writes them: a momentum encoder (MoCo, BYOL, DINO),
             a codebook. Nothing is said of them.
@@ -94,6 +97,7 @@ class TrainableParamAudit(Callback):
         report: Union[str, os.PathLike[str], None] = None,
         dead_after: int = 10,
         certificate: Union[bool, str, os.PathLike[str]] = True,
+        certificate_digest: Literal["xxh3_128", "sha256"] = "xxh3_128",
         ignore: Selectors = (),
     ) -> None:
         self.on_violation = one_of(on_violation, "on_violation", ("raise", "warn"))
@@ -104,6 +108,9 @@ class TrainableParamAudit(Callback):
         self.dead_after = whole(dead_after, "dead_after", least=1)
         self.certificate: Union[bool, Path] = (
             certificate if isinstance(certificate, bool) else Path(certificate).expanduser()
+        )
+        self.certificate_digest = one_of(
+            certificate_digest, "certificate_digest", ("xxh3_128", "sha256")
         )
         self.ignore = as_selectors(ignore, "ignore")
         self._reset()
@@ -120,7 +127,7 @@ class TrainableParamAudit(Callback):
 
     def _reset(self) -> None:
         self._record = Record()
-        self._papers = Papers(self._record, self.report, self.certificate)
+        self._papers = Papers(self._record, self.report, self.certificate, self.certificate_digest)
         self._judge = Judge(self._record, self._papers, self.on_violation)
         self._chronicle = Chronicle(self._record, table=self.table, log_metrics=self.log_metrics)
         self._fit: FitState | None = None
@@ -199,7 +206,7 @@ class TrainableParamAudit(Callback):
         if self._run is None or self._ended:
             return
         self._run.look(looks.SAVED, self._now(trainer))
-        self._papers.certify(trainer, self._run)
+        self._papers.certify(trainer, saved_state(self, trainer, checkpoint) or {})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take down what is declared."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -15,11 +16,11 @@ from lightning_freeze.errors import VerifyError
 
 FORMAT = "lightning-freeze certificate"
 VERSION = 1
-ALGORITHM = "XXH3-128 over dtype, shape and bytes"
-
-_FINGERPRINT = re.compile("[0-9a-f]{32}")
-_KINDS = ("parameter", "buffer")
-_NEEDED: Any = object()
+# argument -> what a certificate calls it
+DIGESTS = {
+    "xxh3_128": "XXH3-128 over dtype, shape and bytes",
+    "sha256": "SHA-256 over dtype, shape and bytes",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Certified:
     """One tensor that was frozen at the end of a run.
 
     Attributes:
-        fingerprint: 32 hex digits, as of `lightning_freeze.fingerprint`.
+        fingerprint: hex digits; 32 as of `lightning_freeze.fingerprint`, or 64 of SHA-256.
         kind: "parameter" or "buffer".
         dtype: such as "float32".
         shape: its dimensions.
@@ -77,6 +78,8 @@ class Certificate:
         findings: what the audit found, as plain values.
         versions: package -> version.
         created: when, as ISO 8601.
+        digest: what the fingerprints are, "xxh3_128" or "sha256".
+        until: layer group that was frozen at first -> (epoch, step) at which it began to train.
 
     Example:
         >>> weight = Certified("00" * 16, "parameter", "float32", (2, 3), epoch=0, step=0)
@@ -93,6 +96,8 @@ class Certificate:
     findings: tuple[Mapping[str, Any], ...]
     versions: Mapping[str, str]
     created: str
+    digest: str = "xxh3_128"
+    until: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def clean(self) -> bool:
@@ -108,11 +113,13 @@ class Certificate:
             "clean": self.clean,
             "epoch": self.epoch,
             "step": self.step,
-            "algorithm": ALGORITHM,
+            "algorithm": DIGESTS[self.digest],
             "frozen": {name: tensor.to_dict() for name, tensor in self.frozen.items()},
             "findings": [dict(finding) for finding in self.findings],
             "versions": dict(self.versions),
         }
+        if self.until:
+            content["until"] = {name: list(at) for name, at in self.until.items()}
         # plain down to the last value: a `torch.__version__` is no `str` to a safe unpickler
         plain: dict[str, Any] = json.loads(json.dumps(content))
         return {**plain, "checksum": checksum(plain)}
@@ -133,36 +140,57 @@ class Certificate:
                 f"{where} is no certificate: it doesn't have `format: {FORMAT}`. Name a "
                 "certificate, an audit report or a checkpoint that holds one."
             )
-        fields = _Fields(content, where)
-        version = fields.count("version")
-        if version > VERSION:
+        version = content.get("version")
+        if type(version) is int and version > VERSION:
             raise VerifyError(
                 f"{where} is a certificate of format version {version}; this lightning-freeze "
                 f"reads version {VERSION}. Read it with the newer version that wrote it, or "
                 "upgrade: `pip install -U lightning-freeze`."
             )
-        found = cls(
-            frozen={
-                name: _certified(_Fields(entry, where, f"frozen.{name}."))
-                for name, entry in fields.take("frozen", dict).items()
-            },
-            epoch=fields.count("epoch"),
-            step=fields.count("step"),
-            findings=tuple(fields.take("findings", list)),
-            versions=dict(fields.take("versions", dict)),
-            created=fields.take("created", str),
-        )
-        fields.check("findings", all(isinstance(finding, Mapping) for finding in found.findings))
-        fields.check("versions", all(isinstance(v, str) for v in found.versions.values()))
-        fields.check("clean", fields.take("clean", bool) == found.clean)
-        fields.check("algorithm", fields.take("algorithm", str) == ALGORITHM)
+        changed = f"{where}: the certificate was changed after it was written, or damaged"
         rest = {key: value for key, value in content.items() if key != "checksum"}
-        if fields.take("checksum", str) != checksum(rest):
+        try:
+            fits = content.get("checksum") == checksum(rest)
+        except (TypeError, ValueError, RecursionError):
             raise VerifyError(
-                f"{where}: the certificate was changed after it was written, or damaged: its "
-                "checksum doesn't fit what it says. Get it again from where the run wrote it."
+                f"{changed}: it holds something else than plain values, such as a tensor or what "
+                "holds itself."
+            ) from None
+        if not fits:
+            raise VerifyError(
+                f"{changed}: its checksum doesn't fit what it says. Get it again from where the "
+                "run wrote it."
             )
-        return found
+        algorithm = content.get("algorithm")
+        try:
+            return cls(
+                frozen={name: _certified(one) for name, one in content["frozen"].items()},
+                epoch=int(content["epoch"]),
+                step=int(content["step"]),
+                findings=tuple(dict(finding) for finding in content["findings"]),
+                versions=dict(content["versions"]),
+                created=str(content["created"]),
+                digest=next(name for name, called in DIGESTS.items() if called == algorithm),
+                until={n: (int(at[0]), int(at[1])) for n, at in content.get("until", {}).items()},
+            )
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise VerifyError(
+                f"{changed}: it has the checksum of one, but not the form "
+                f"({type(error).__name__}: {error})."
+            ) from None
+
+
+def _certified(entry: Mapping[str, Any]) -> Certified:
+    return Certified(
+        fingerprint=str(entry["fingerprint"]),
+        kind=str(entry["kind"]),
+        dtype=str(entry["dtype"]),
+        shape=tuple(map(int, entry["shape"])),
+        epoch=int(entry["since"]["epoch"]),
+        step=int(entry["since"]["step"]),
+        reinitialised=entry.get("reinitialised") is True,
+        tied_to=str(entry["tied_to"]) if "tied_to" in entry else None,
+    )
 
 
 def checksum(content: Mapping[str, Any]) -> str:
@@ -175,6 +203,50 @@ def checksum(content: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128(text.encode()).hexdigest()
 
 
+def sha256(tensor: Any) -> str | None:
+    """SHA-256 over dtype, shape and the bytes of a tensor, in the order of its elements.
+
+    None of one that has no bytes of its own (sparse, or made of several).
+
+    >>> import torch
+    >>> text = b"torch.float32|2,1|" + bytes(8)
+    >>> sha256(torch.zeros(2, 1)) == hashlib.sha256(text).hexdigest()
+    True
+    """
+    from lightning_freeze.digests import dense
+
+    flat = dense(tensor, lambda: "the tensor")
+    if isinstance(flat, bytes):
+        return None
+    hasher = hashlib.sha256(f"{flat.dtype}|{','.join(map(str, flat.shape))}|".encode())
+    if flat.nbytes:
+        hasher.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+    return hasher.hexdigest()
+
+
+def until(moments: Iterable[Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Layer group that was frozen at first -> (epoch, step) at which it began to train.
+
+    Args:
+        moments: as plain values, in the order of time: epoch, step, and the learning rate of each
+            layer group, None where it is frozen.
+
+    Example:
+        >>> first = {"epoch": 0, "step": 0, "lr": {"body": None, "head": 0.1}}
+        >>> until([first, {"epoch": 2, "step": 8, "lr": {"body": 0.1, "head": 0.1}}])
+        {'body': (2, 8)}
+    """
+    found: dict[str, tuple[int, int]] = {}
+    frozen: set[str] | None = None
+    for moment in moments:
+        at, rates = (moment["epoch"], moment["step"]), moment["lr"]
+        if frozen is None:
+            frozen = {group for group, rate in rates.items() if rate is None}
+        began = [group for group in frozen - found.keys() if rates.get(group) is not None]
+        found.update(dict.fromkeys(sorted(began), at))
+    return found
+
+
 def read_certificate(path: Union[str, Path]) -> Certificate:
     """Read a certificate from a file.
 
@@ -185,109 +257,63 @@ def read_certificate(path: Union[str, Path]) -> Certificate:
     Raises:
         VerifyError: the file can't be read, or holds no certificate that is whole.
     """
-    from lightning_freeze.checkpoints.verify.formats import describe, regular
+    from lightning_freeze.checkpoints.verify.files import TORCH, format_of, load, regular
+    from lightning_freeze.checkpoints.verify.matching import quoted
 
-    file = regular(Path(path), "The certificate is read from one file.")
-    where = f"`{path}`"
-    if describe(file) == "torch":
-        return _in_checkpoint(file, where)
+    where = quoted(path)
+    file = regular(Path(path))
+    if format_of(file) == TORCH:
+        found = certificate_in(load(file), where)
+        if found is None:
+            raise VerifyError(_NONE.format(f"the checkpoint {where}"))
+        return found
     try:
         content = json.loads(file.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        why = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+    except (ValueError, RecursionError):
         raise VerifyError(
-            f"{where} holds no certificate: it is neither JSON{why} nor a checkpoint. Name a "
+            f"{where} holds no certificate: it is neither JSON nor a checkpoint. Name a "
             "certificate, an audit report or a checkpoint that holds one."
         ) from None
-    if (
-        isinstance(content, Mapping)
-        and content.get("format") != FORMAT
-        and "certificate" in content
-    ):
-        return _inside(content["certificate"], f"the audit report {where}")
+    if isinstance(content, dict) and content.get("format") != FORMAT and "certificate" in content:
+        content, where = content["certificate"], f"the audit report {where}"
+        if content is None:
+            raise VerifyError(_NONE.format(where))
     return Certificate.from_dict(content, where)
 
 
-def _in_checkpoint(path: Path, where: str) -> Certificate:
-    from lightning_freeze.checkpoints.verify.pickles import load
+def certificate_in(checkpoint: Any, where: str) -> Certificate | None:
+    """The certificate in the content of a checkpoint, None where it holds none.
 
-    checkpoint = load(path)
+    Args:
+        checkpoint: what `torch.load` gave.
+        where: what messages call it.
+
+    Raises:
+        VerifyError: it is damaged, or several of them contradict each other.
+    """
     callbacks = checkpoint.get("callbacks") if isinstance(checkpoint, Mapping) else None
     states = callbacks.values() if isinstance(callbacks, Mapping) else ()
-    found = [s["certificate"] for s in states if isinstance(s, Mapping) and s.get("certificate")]
-    read = [_inside(content, f"the checkpoint {where}") for content in found]
+    holders = [s for s in states if isinstance(s, Mapping) and s.get("certificate") is not None]
+    read = [Certificate.from_dict(s["certificate"], f"the checkpoint {where}") for s in holders]
+    if not read:
+        return None
     if any(certificate.frozen != read[0].frozen for certificate in read):
         raise VerifyError(
             f"{where} holds {len(read)} certificates that contradict each other. Name the "
             "certificate's own file instead."
         )
-    if not read:
-        return _inside(None, f"the checkpoint {where}")
     # several audits of one run: what any of them found counts
     findings = [finding for certificate in read for finding in certificate.findings]
     once = [finding for place, finding in enumerate(findings) if finding not in findings[:place]]
-    return replace(read[0], findings=tuple(once))
+    try:
+        told = until(holders[0].get("moments", ()))
+        told = {str(group): (int(epoch), int(step)) for group, (epoch, step) in told.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        told = {}  # of another version; no checksum is over it, and nothing depends on it
+    return replace(read[0], findings=tuple(once), until=told)
 
 
-def _inside(content: Any, where: str) -> Certificate:
-    if content is None:
-        raise VerifyError(
-            f"{where} holds no certificate. One is written by a run with `TrainableParamAudit` "
-            "that has frozen something; name its file, its report or its checkpoint."
-        )
-    return Certificate.from_dict(content, where)
-
-
-def _certified(fields: _Fields) -> Certified:
-    since = _Fields(fields.take("since", dict), fields.where, f"{fields.inside}since.")
-    fingerprint, kind = fields.take("fingerprint", str), fields.take("kind", str)
-    fields.check("fingerprint", _FINGERPRINT.fullmatch(fingerprint) is not None)
-    fields.check("kind", kind in _KINDS)
-    shape = fields.take("shape", list)
-    fields.check("shape", all(type(size) is int and size >= 0 for size in shape))
-    return Certified(
-        fingerprint,
-        kind,
-        fields.take("dtype", str),
-        tuple(shape),
-        since.count("epoch"),
-        since.count("step"),
-        reinitialised=fields.take("reinitialised", bool, False),
-        tied_to=fields.take("tied_to", str, None),
-    )
-
-
-class _Fields:
-    """Keys of a mapping that must be there and of a type."""
-
-    def __init__(self, content: Any, where: str, inside: str = "") -> None:
-        self.content = content
-        self.where = where
-        self.inside = inside
-
-    def take(self, key: str, kind: type, default: Any = _NEEDED) -> Any:
-        if default is not _NEEDED and key not in self.content:
-            return default
-        if not isinstance(self.content, Mapping) or key not in self.content:
-            raise VerifyError(
-                f"{self.where}: the certificate lacks `{self.inside}{key}`. It was changed after "
-                "it was written, or damaged."
-            )
-        value = self.content[key]
-        # a bool is an int to isinstance
-        self.check(key, type(value) is kind)
-        return value
-
-    def count(self, key: str) -> int:
-        value: int = self.take(key, int)
-        self.check(key, value >= 0)
-        return value
-
-    def check(self, key: str, holds: bool) -> None:
-        if not holds:
-            shown = repr(self.content.get(key))
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise VerifyError(
-                f"{self.where}: `{self.inside}{key}` of the certificate can't be {shown}. It was "
-                "changed after it was written, or damaged."
-            )
+_NONE = (
+    "{} holds no certificate. One is written by a run with `TrainableParamAudit` that has frozen "
+    "something; name its file, its report or its checkpoint."
+)

@@ -5,23 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import secrets
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Union
 
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
 
 
-def write_json(path: Union[str, Path], content: Mapping[str, Any]) -> Path:
+def write_json(path: Union[str, Path], content: Mapping[str, Any]) -> None:
     """Write JSON whole or not at all, as `write_whole` does. NaN and infinities become strings.
+
+    Args:
+        path: where to; a URL that fsspec knows, such as `s3://bucket/certificate.json`, too.
+        content: plain values.
 
     Raises:
         OSError: the folder can't be written to; an older file at `path` is untouched.
@@ -30,7 +28,13 @@ def write_json(path: Union[str, Path], content: Mapping[str, Any]) -> Path:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError:
         text = json.dumps(_without_nan(content), indent=2, allow_nan=False)
-    return write_whole(path, (text + "\n").encode())
+    if "://" not in str(path):
+        write_whole(path, (text + "\n").encode())
+        return
+    import fsspec  # type: ignore[import-untyped]
+
+    with fsspec.open(str(path), "w", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def _without_nan(content: Any) -> Any:
@@ -44,72 +48,32 @@ def _without_nan(content: Any) -> Any:
     return content
 
 
-def write_whole(path: Union[str, Path], content: bytes) -> Path:
+def write_whole(path: Union[str, Path], content: bytes) -> None:
     """Write a file whole or not at all: to a temporary file beside it, then renamed.
 
     `~` is the home folder, and a link stays one: what it points to is written. What isn't a file,
-    such as `/dev/stdout` or a pipe, is written to as it is, and never replaced. Temporary files of
-    `path` that killed processes have left are removed.
+    such as `/dev/stdout` or a pipe, is written to as it is, and never replaced.
     """
     named = Path(os.path.expanduser(path))
     stream = _stream_at(named)
     if stream is not None:
         with stream:
             stream.write(content)
-        return named
+        return
     target = Path(os.path.realpath(named))
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clear_up(target)
-    with _temporary(target) as (handle, temporary):
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    # made anew, it has the rights that the umask leaves
+    handle = os.open(temporary, _NEW, 0o666)
+    try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
-    return named
-
-
-@contextmanager
-def _temporary(target: Path) -> Iterator[tuple[int, str]]:
-    """A new file beside another one, locked until it has its name, so that nobody clears it up."""
-    while True:
-        handle, temporary = tempfile.mkstemp(".part", f".{target.name}.", target.parent)
-        held = None if fcntl is None else os.dup(handle)  # Windows renames no open file
-        if held is None or not _lock(held, wait=True) or os.fstat(held).st_nlink:
-            break
-        os.close(handle)  # cleared up between its making and its locking
-        os.close(held)
-    try:
-        yield handle, temporary
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    finally:
-        if held is not None:
-            os.close(held)
-
-
-def _clear_up(target: Path) -> None:
-    """Remove temporary files of a target that no living process has locked."""
-    ours = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}\.part")
-    with suppress(OSError):
-        for name in filter(ours.fullmatch, os.listdir(target.parent)):
-            path = target.parent / name
-            with suppress(OSError), path.open("rb") as file:
-                if _lock(file.fileno(), wait=False):
-                    path.unlink()
-
-
-def _lock(handle: int, *, wait: bool) -> bool:
-    """Lock an open file; False where that is impossible, or another process has locked it."""
-    if fcntl is None:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
 
 
 def _stream_at(path: Path) -> BinaryIO | None:
@@ -129,9 +93,3 @@ def _is_open_as(number: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(number), path.stat())
     except OSError:
         return False
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -28,14 +28,14 @@ def say(text: str) -> bool:
     return True
 
 
-def complain(text: str) -> None:
+def complain(text: str, label: str = "lightning-freeze") -> None:
     """Print to stderr, if that is there and can be written to: the exit status says it as well."""
-    from lightning_freeze.checkpoints.verify.spelling import printable_lines
+    from lightning_freeze.checkpoints.verify.matching import escaped
 
     if sys.stderr is None:  # or it would go to stdout
         return
     try:
-        print(f"lightning-freeze: {printable_lines(text)}", file=sys.stderr, flush=True)
+        print(f"{label}:", escaped(text, keep="\n"), file=sys.stderr, flush=True)
     except OSError:
         _give_up(sys.stderr)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze.checkpoints.origin.find import find_origins
-from lightning_freeze.checkpoints.origin.states import UNKNOWN
+from lightning_freeze.checkpoints.origin import UNKNOWN, find_origins
 from lightning_freeze.errors import DiscoveryError
 from lightning_freeze.model.index import ModelIndex
 from lightning_freeze.model.layer_groups import discover

@@ -10,9 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.checkpoints.origin.find import find_origins
-from lightning_freeze.checkpoints.origin.frozen import never_learns
-from lightning_freeze.checkpoints.origin.states import UNKNOWN, Origins
+from lightning_freeze.checkpoints.origin import UNKNOWN, Origins, find_origins, never_learns
 from lightning_freeze.engine.optimizers import ids_held, learning_rates, listed
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.model.index import ModelIndex, shape_of, size_of, some
@@ -130,17 +128,12 @@ def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) ->
     The origin of a tensor is one of:
 
     - "loaded": it has the bytes of the checkpoint (converted exactly, where dtypes differ), or, as
-      long as no file or state dict is given, whoever loaded the model said so;
+      long as no file or state dict is given, `from_pretrained` left its mark;
     - "changed since": it is in the checkpoint, but has other bytes now, as after training;
     - "written since": `from_pretrained` loaded it, and something wrote to it later;
-    - "new": it is missing in the checkpoint, so it was newly initialised ("new or written since"
-      where it may have been trained or loaded later);
-    - "re-initialised": by `reinit` or `ReinitTopLayers` ("re-initialised and changed since" where
-      it has other bytes than it was given then);
+    - "new": it is missing in the checkpoint, so it was newly initialised;
+    - "re-initialised": by `reinit` or `ReinitTopLayers`;
     - "other shape": the checkpoint has it in another shape;
-    - "in the checkpoint": name and shape fit, but there are no bytes to compare (meta device,
-      shards, or what transformers puts together from several tensors);
-    - "loaded elsewhere": it isn't in this checkpoint, but `from_pretrained` loaded it;
     - "unknown".
 
     A tied tensor is one tensor, with one origin; `tied_to` has its other names.
@@ -151,16 +144,15 @@ def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) ->
             learning rates, and tells what requires a gradient but is in no optimizer.
         origin: what the model was loaded from: a checkpoint (a safetensors file, a state dict's
             file, a Lightning checkpoint, or a folder of `save_pretrained`; nothing in it is
-            executed), a state dict, what `from_pretrained(..., output_loading_info=True)` or
-            `load_state_dict(..., strict=False)` returned, a list of these, or a dict from the path
-            of a part of the model to one of these. Without it, what the model itself tells:
-            `from_pretrained` leaves marks in a transformers model, and `reinit` a record.
+            executed), a state dict, or a dict from the path of a part of the model to one of
+            these. Without it, what the model itself tells: `from_pretrained` leaves marks in a
+            transformers model, and `reinit` a record.
 
     Returns:
         A `Summary`, which prints as a table.
 
     Raises:
-        ArgumentError: `origin` is none of these, or doesn't tell which part it is about.
+        ArgumentError: `origin` is none of these, or names a part that isn't there.
         VerifyError: a checkpoint can't be read, is refused, or is of another model.
 
     Example:

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from lightning_freeze import GradualUnfreeze, ReinitTopLayers, TrainableParamAudit
 from lightning_freeze.checkpoints.certificate import read_certificate
-from lightning_freeze.checkpoints.verify.run import verify
+from lightning_freeze.checkpoints.verify.compare import verify
 from tests.callbacks.test_oracle_resume import assert_equal
 from tests.catalogue.harness import Do
 from tests.interruption.harness import (

@@ -25,7 +25,6 @@ from tests.callbacks.test_oracle_resume import assert_equal
 from tests.catalogue.harness import Do
 from tests.interruption.harness import Place, check_files, fit, one_life, outcome, prepared
 from tests.interruption.test_breaks import Broke, breaks_once
-from tests.interruption.test_cut_off import die_at
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork"),
@@ -331,18 +330,6 @@ def test_a_report_that_is_written_in_place_is_seen(tmp_path: Path) -> None:
     assert one_life(place, prepare=prepare).killed
     with pytest.raises(json.JSONDecodeError, match=r"Expecting|Unterminated|Invalid"):
         check_files(place)
-
-
-def test_a_temporary_file_that_nobody_clears_up_is_seen(tmp_path: Path) -> None:
-    place = Place(tmp_path)
-
-    def prepare() -> None:
-        files._clear_up = lambda _: None  # type: ignore[assignment]
-
-    deadly = die_at("replace", 1, of=str(place.report))
-    assert one_life(place, prepare=lambda: (prepare(), deadly())).killed
-    assert not one_life(place, prepare=prepare).killed
-    assert place.parts() != []
 
 
 def test_the_wholes_differ_where_a_fit_is_cut_short(tmp_path: Path, wholes: Any) -> None:

@@ -21,6 +21,7 @@ from tests.test_architecture import loaded_by
 from tests.verify.files import Run, save, write_certificate
 from tests.verify.test_refused import Touch
 
+UNKNOWN = "CANNOT VERIFY"
 BLOCK = "backbone.blocks.1.linear.weight"
 Captured = pytest.CaptureFixture[str]
 
@@ -30,11 +31,14 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)
 
 
-def fails(capsys: Captured, arguments: list[str], *said: str) -> None:
+def fails(
+    capsys: Captured, arguments: list[str], *said: str, label: str = "lightning-freeze"
+) -> None:
     """Status 2, nothing on stdout, a message without a traceback on stderr."""
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == ""
+    assert output.err.startswith((f"{label}: ", "usage"))
     assert "Traceback" not in output.err
     assert "\x1b" not in output.err
     for text in said:
@@ -49,10 +53,10 @@ def test_two_files_that_are_identical_end_with_0_and_two_that_are_not_with_1(
     capsys: Captured,
 ) -> None:
     assert main(["verify", run.base, run.base]) == 0
-    assert "identical: all 25 tensors that both have." in capsys.readouterr().out
+    assert "\nOK: identical: all 25 tensors that both have." in capsys.readouterr().out
     assert main(["verify", run.base, run.checkpoint]) == 1
     output = capsys.readouterr()
-    assert "identical: 23 of 25 tensors that both have; changed: 2 tensors in head" in output.out
+    assert "\nCHANGED: identical: 23 of 25 tensors that both have; changed: 2" in output.out
     assert output.err == ""
 
 
@@ -65,9 +69,11 @@ def test_with_a_certificate_a_trained_head_ends_with_0_and_a_changed_backbone_wi
     for base in ([run.base], []):
         option = ["--certificate", run.certificate]
         assert main(["verify", *base, run.checkpoint, *option]) == 0
-        assert "as certified: all 23 frozen tensors" in capsys.readouterr().out
+        assert "\nOK: as certified: all 23 frozen tensors" in capsys.readouterr().out
         assert main(["verify", *base, changed, *option]) == 1
-        assert "not as certified: 1 tensor in backbone.blocks.1" in capsys.readouterr().out
+        assert (
+            "\nCHANGED: not as certified: 1 tensor in backbone.blocks.1" in capsys.readouterr().out
+        )
 
 
 def test_every_changed_tensor_is_listed_on_demand(run: Run, capsys: Captured) -> None:
@@ -92,7 +98,8 @@ def test_a_model_that_stands_twice_is_told_by_a_prefix(
 ) -> None:
     two = {f"{p}.{n}": t for p in ("student", "teacher") for n, t in run.before.items()}
     path = save(tmp_path / "two.pt", two)
-    fails(capsys, ["verify", run.base, path], "`student.`", "`teacher.`", "`--prefix student`")
+    said = ("`student.`", "`teacher.`", "`--prefix teacher`")
+    fails(capsys, ["verify", run.base, path], *said, label=UNKNOWN)
     assert main(["verify", run.base, path, "--prefix", "teacher"]) == 0
 
 
@@ -104,7 +111,7 @@ def test_a_certified_tensor_that_is_not_there_ends_with_2_unless_another_changed
     fewer = {name: tensor for name, tensor in run.after.items() if name != BLOCK}
     path = save(tmp_path / "x.pt", fewer)
     assert main(["verify", path, "--certificate", run.certificate]) == 2
-    assert "missing: 1 tensor in backbone.blocks.1, so not verified" in capsys.readouterr().out
+    assert "\nCANNOT VERIFY: missing: 1 tensor in backbone.blocks.1" in capsys.readouterr().out
     other = "backbone.embed.bias"
     path = save(tmp_path / "x.pt", {**fewer, other: fewer[other] + 1})
     assert main(["verify", path, "--certificate", run.certificate]) == 1
@@ -134,9 +141,10 @@ def test_wrong_arguments_end_with_2(run: Run, tmp_path: Path, capsys: Captured) 
     fails(capsys, ["verify"], "`verify` needs a file: `lightning-freeze verify BASE CHECKPOINT`")
     fails(capsys, ["verify", run.base], "nothing to compare", "`--certificate FILE`")
     fails(capsys, ["verify", run.base, run.checkpoint, "--tensor", "x"], "x")
-    fails(capsys, ["verify", "null", "1.0"], "There is no file or folder `null`")
+    fails(capsys, ["verify", "null", "1.0"], "There is no file or folder `1.0`", label=UNKNOWN)
     both = ["verify", run.base, run.checkpoint]
-    fails(capsys, [*both, "--prefix", "bart"], "`--prefix bart`: no name")
+    fails(capsys, [*both, "--prefix", "bart"], "`--prefix bart`: no name", label=UNKNOWN)
+    fails(capsys, [*both, "--certificate", "x", "--no-certificate"], "exclude each other")
     fails(capsys, [*both, "--json", str(tmp_path)], "is a folder. Name a file to write")
     (tmp_path / "file").touch()
     fails(capsys, [*both, "--json", str(tmp_path / "file" / "x.json")], "can't be written")
@@ -174,23 +182,45 @@ def test_files_that_cannot_be_verified_end_with_2(
 ) -> None:
     mark = tmp_path / "mark"
     code = save(tmp_path / "code.ckpt", {"state_dict": run.after, "hparams": Touch(mark)})
-    fails(capsys, ["verify", run.base, code], "was refused", "Nothing of it was executed")
+    fails(
+        capsys,
+        ["verify", run.base, code],
+        "was refused",
+        "Nothing of it was executed",
+        label=UNKNOWN,
+    )
     assert not mark.exists()
     for source, name in (
         (Path(run.checkpoint), "cut.ckpt"), (folder / "model.safetensors", "cut.safetensors")
     ):  # fmt: skip
         (tmp_path / name).write_bytes(source.read_bytes()[:-100])
-        fails(capsys, ["verify", run.base, str(tmp_path / name)], "cut off or damaged")
-    fails(capsys, ["verify", run.base, str(folder)], "are different models")
-    fails(capsys, ["verify", str(folder), run.checkpoint], "are different models")
+        fails(
+            capsys, ["verify", run.base, str(tmp_path / name)], "cut off or damaged", label=UNKNOWN
+        )
+    fails(capsys, ["verify", run.base, str(folder)], "are different models", label=UNKNOWN)
+    fails(capsys, ["verify", str(folder), run.checkpoint], "are different models", label=UNKNOWN)
     odd = save(tmp_path / "odd.pt", {**run.before, BLOCK: torch.zeros(8, 8).to_sparse()})
-    fails(capsys, ["verify", run.base, odd], "only dense tensors can be compared")
+    fails(capsys, ["verify", run.base, odd], "only dense tensors can be compared", label=UNKNOWN)
 
 
 def test_a_message_cannot_act_on_a_terminal(here: Path, capsys: Captured) -> None:
     path = save(here / "x.pt", {"\x1b[31m": 3})
-    fails(capsys, ["verify", path, path], "holds a dict with `\\x1b[31m`")
-    fails(capsys, ["verify", "\x1b[31m", path], "There is no file or folder `\\x1b[31m`")
+    fails(capsys, ["verify", path, path], "holds a dict with `\\x1b[31m`", label=UNKNOWN)
+    gone = ["verify", path, "\x1b[31m\nOK: fine"]
+    fails(capsys, gone, "There is no file or folder `\\x1b[31m\\nOK: fine`", label=UNKNOWN)
+
+
+def test_the_certificate_in_a_checkpoint_is_used_unless_it_is_left_out(
+    run: Run, tmp_path: Path, capsys: Captured
+) -> None:
+    held = {"certificate": read_certificate(run.certificate).to_dict()}
+    path = save(tmp_path / "x.ckpt", {**run.content, "callbacks": {"A": held}})
+    for arguments in ([run.base, path], [path]):
+        assert main(["verify", *arguments]) == 0
+        assert "\nOK: as certified: all 23 frozen tensors" in capsys.readouterr().out
+    assert main(["verify", run.base, path, "--no-certificate"]) == 1
+    assert "\nCHANGED: identical: 23 of 25" in capsys.readouterr().out
+    fails(capsys, ["verify", path, "--no-certificate"], "nothing to compare")
 
 
 def test_a_certificate_that_is_none_ends_with_2(
@@ -209,11 +239,12 @@ def test_a_certificate_that_is_none_ends_with_2(
     ):
         (tmp_path / "c.json").write_text(content, encoding="utf-8")
         arguments = ["verify", run.base, run.checkpoint, "--certificate", str(tmp_path / "c.json")]
-        fails(capsys, arguments, said, "c.json")
+        fails(capsys, arguments, said, "c.json", label=UNKNOWN)
     fails(
         capsys,
         ["verify", run.base, run.checkpoint, "--certificate", run.checkpoint],
         "holds no certificate",
+        label=UNKNOWN,
     )
 
 
@@ -225,7 +256,7 @@ def test_a_mistake_of_ours_does_not_look_like_changed_weights(
     def broken(*_: Any) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr("lightning_freeze.checkpoints.verify.run.identical", broken)
+    monkeypatch.setattr("lightning_freeze.checkpoints.verify.compare.identical", broken)
     fails(capsys, ["verify", run.base, run.base], "unexpected KeyError: 'oops'. Please report it")
 
 
@@ -238,8 +269,7 @@ def test_help_says_what_is_compared_and_what_the_exit_status_means(capsys: Captu
     for line in (
         "usage: lightning-freeze verify BASE [CHECKPOINT] [options]",
         "  lightning-freeze verify BASE CHECKPOINT --certificate FILE",
-        "exit status: 0 if it is as it has to be, 1 if anything changed, 2 if it couldn't be veri",
-        "a certified tensor\nthat CHECKPOINT doesn't hold)",
+        "exit status and first words: 0, OK, if it is as it has to be; 1, CHANGED, if anything ch",
         "frozen-buffer-changed, frozen-changed, parameter-replaced, rank-mismatch, resume-mismatch",
         "such as no-gradient, is printed and doesn't count",
     ):
@@ -261,7 +291,7 @@ def test_it_runs_as_a_process_without_lightning(run: Run, tmp_path: Path) -> Non
     assert "changed: 2 tensors in head" in found.stdout
     found = process("verify", run.base, "gone.ckpt")
     assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr.startswith("lightning-freeze: There is no file or folder `gone.ckpt`.")
+    assert found.stderr.startswith("CANNOT VERIFY: There is no file or folder `gone.ckpt`.")
 
 
 def test_the_command_is_installed_under_its_name() -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import struct
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import BertForSequenceClassification
 
 from lightning_freeze import VerifyError
-from lightning_freeze.checkpoints.verify.weights import Spec, open_weights
+from lightning_freeze.checkpoints.verify.files import Spec, open_weights
 from tests.toys import same
 from tests.verify.files import Run, save
 
@@ -33,7 +32,7 @@ def equal(path: Any, expected: dict[str, Tensor]) -> bool:
 def test_a_lightning_checkpoint_holds_the_weights_of_its_module(run: Run) -> None:
     assert equal(run.checkpoint, run.after)
     found = open_weights(run.checkpoint)
-    assert (found.kind, found.in_model_order) == ("Lightning checkpoint", True)
+    assert found.kind == "Lightning checkpoint"
     assert found.specs["head.weight"] == Spec("float32", (3, 8))
     assert list(found.specs) == list(run.before)
 
@@ -53,17 +52,6 @@ def test_a_state_dict_in_either_of_the_formats_of_torch(tmp_path: Path, new: boo
     assert open_weights(path).kind == "state dict"
 
 
-def test_a_zip_that_was_compressed_later_is_read_right(tmp_path: Path) -> None:
-    save(tmp_path / "x.pt", STATE)
-    with (
-        zipfile.ZipFile(tmp_path / "x.pt") as old,
-        zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new,
-    ):
-        for name in old.namelist():
-            new.writestr(name, old.read(name))
-    assert equal(tmp_path / "y.pt", STATE)
-
-
 def test_a_module_s_state_that_is_no_tensor_is_passed_over(tmp_path: Path) -> None:
     path = save(tmp_path / "x.pt", {**STATE, "layer.0._extra_state": {"scale": 2}})
     assert equal(path, STATE)
@@ -75,18 +63,15 @@ T = torch.ones(2)
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"net": STATE, "best_acc": T}, r"it holds tensors by name, such as `best_acc`, and others "
-         r"under `net`, such as `net\.layer\.\d\.\w+`, that would be passed over\. .* as by `torch"
-         r'\.save\(torch\.load\(".*x\.pt"\)\[\'net\'\], "weights\.pt"\)`'),
-        ({"w": T, "ema": {"deep": [{"x": T}]}}, r"under `ema`, such as `ema\.deep\.0\.x`"),
-        ({"w": T, "parts": [T, T], "more": (T,)}, r"under `parts`, `more`.*model\.state_dict\(\)"),
-        ({"w": T, 0: T}, r"under `0`, such as `0`"),
-        ({"state_dict": {"w": T, "model": STATE}}, r"its `state_dict` holds .* `w`, .* `model`,.*"
-         r"\)\[\"state_dict\"\]\['model'\]"),
-        ({"model": {"w": T, 7: T}, "best": T}, r"its `model` holds .* under `7`"),
+        ({"net": STATE, "best_acc": T}, r"by name, such as `best_acc`, .* such as `net\.layer"),
+        ({"w": T, "ema": {"deep": [{"x": T}]}}, r"others, such as `ema\.deep\.0\.x`"),
+        ({"w": T, "parts": [T, T], "more": (T,)}, r"others, such as `parts\.0`"),
+        ({"w": T, 0: T}, r"others, such as `0`"),
+        ({"state_dict": {"w": T, "model": STATE}}, r"such as `w`, .* such as `model\.layer"),
+        ({"model": {"w": T, 7: T}, "best": T}, r"such as `w`, .* such as `7`"),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_tensors_that_would_be_passed_over_are_refused(
     tmp_path: Path, content: Any, said: str
 ) -> None:
@@ -94,12 +79,13 @@ def test_tensors_that_would_be_passed_over_are_refused(
         open_weights(save(tmp_path / "x.pt", content))
 
 
-def test_a_list_that_holds_itself_is_looked_through(tmp_path: Path) -> None:
-    endless: list[Any] = [3]
-    endless.append(endless)
-    assert equal(save(tmp_path / "x.pt", {**STATE, "x": endless}), STATE)
-    with pytest.raises(VerifyError, match="others under `x`"):
-        open_weights(save(tmp_path / "x.pt", {**STATE, "x": [*endless, T]}))
+def test_a_list_that_stands_in_two_places_is_looked_through_once(tmp_path: Path) -> None:
+    shared: Any = [3]
+    for _ in range(60):
+        shared = [shared, shared]
+    assert equal(save(tmp_path / "x.pt", {**STATE, "x": shared, "y": shared}), STATE)
+    with pytest.raises(VerifyError, match=r"others, such as `x\."):
+        open_weights(save(tmp_path / "x.pt", {**STATE, "x": [shared, T]}))
 
 
 def test_what_stands_beside_a_state_dict_is_passed_over(tmp_path: Path) -> None:
@@ -177,9 +163,6 @@ def test_of_one_name_in_two_files_the_one_that_the_index_says_counts(tmp_path: P
     wrong = {first: torch.full((2, 3), 7.0), second: STATE[second]}
     save(tmp_path / "pytorch_model-1.bin", wrong)
     assert equal(tmp_path, STATE)
-    tied = torch.zeros(3)
-    save(tmp_path / "pytorch_model-1.bin", {first: tied, second: tied})
-    assert open_weights(tmp_path).tied == {}
     for number in (0, 1):
         save(tmp_path / f"pytorch_model-{number}.bin", {list(STATE)[number]: T, "x": T})
     with pytest.raises(VerifyError, match=r"doesn't say where `x` is, and several files have it"):
@@ -195,17 +178,8 @@ def test_a_folder_with_exactly_one_checkpoint(run: Run, tmp_path: Path) -> None:
 
 
 def test_names_are_those_without_wrappers(tmp_path: Path) -> None:
-    wrapped = {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()}
+    wrapped = {f"_orig_mod.{name}": tensor for name, tensor in STATE.items()}
     assert equal(save(tmp_path / "x.pt", wrapped), STATE)
-
-
-def test_a_tied_tensor_is_told_where_the_file_tells(tmp_path: Path) -> None:
-    model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
-    assert open_weights(save(tmp_path / "x.pt", model.state_dict())).tied == {}
-    model["b"].weight = model["a"].weight
-    assert open_weights(save(tmp_path / "x.pt", model.state_dict())).tied == {
-        "b.weight": "a.weight"
-    }
 
 
 def test_tensors_stay_on_the_disk_until_they_are_read(tmp_path: Path) -> None:
@@ -231,12 +205,14 @@ def nested() -> Tensor:
         (torch.eye(2).to_sparse(), r"has the layout torch\.sparse_coo"),
         (torch.zeros(2, device="meta"), r"has no bytes \(meta device\)"),
         (nested(), "is nested"),
+        (torch.zeros(1).expand(10**12), "is larger than its storage"),
+        (torch.zeros(8).as_strided((5, 4), (1, 1)), "is larger than its storage"),
     ],
 )
-def test_a_tensor_without_plain_bytes_is_an_error_when_it_is_read(
+def test_a_tensor_without_bytes_of_its_own_is_an_error_when_it_is_read(
     tmp_path: Path, tensor: Tensor, what: str
 ) -> None:
     weights = open_weights(save(tmp_path / "x.pt", {"w": tensor, "v": torch.zeros(1)}))
     assert weights.load("v").tolist() == [0]
-    with pytest.raises(VerifyError, match=rf"`w` in `.*x\.pt` {what}; only dense"):
+    with pytest.raises(VerifyError, match=rf"`w` in `.*x\.pt` {what}.*; only dense"):
         weights.load("w")

@@ -1,1 +1,0 @@
-"""How each tensor of a model got its values."""
