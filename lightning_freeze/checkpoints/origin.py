@@ -8,11 +8,13 @@ optimizer's, those through `.data`): they tell that something was written, never
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -116,7 +118,7 @@ def find_origins(index: ModelIndex, given: Any = None) -> Origins:
                 f"`origin` names `{at}`, but nothing of the model is there. Its parts are "
                 f"{some([f'`{top}`' for top in tops], most=8)}."
             )
-        new, rest, note = _against(source, inside, tensors, marks)
+        new, rest, note = _against(source, _spellings(index, inside, tensors), tensors, marks)
         found.update(new)
         unused += rest
         notes.append(note)
@@ -158,27 +160,64 @@ def _sources(given: Any, names: Collection[str]) -> list[tuple[str, Any]]:
     )
 
 
+def _spellings(
+    index: ModelIndex, inside: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> list[dict[str, str]]:
+    """Name in a checkpoint -> canonical name: as the model calls it, and as transformers saves it.
+
+    It renames, stacks and splits when it loads, and undoes that when it saves. What it renames can
+    be found in a checkpoint; what it stacks or splits can't.
+    """
+    from lightning_freeze.checkpoints.verify.matching import tidy
+
+    spellings = [{short: inside[name] for name, short in tidy(inside).items()}]
+    library = sys.modules.get("transformers.core_model_loading")
+    revert = getattr(library, "revert_weight_conversion", None)
+    if revert is None:
+        return spellings
+    saved = dict(inside)
+    for path in _libraries(index):
+        start = f"{path}." if path else ""
+        empty = {
+            name.removeprefix(start): torch.empty_like(tensors[first], device="meta")
+            for name, first in inside.items()
+            if name.startswith(start)
+        }
+        try:
+            called = {id(t): key for key, t in revert(index.modules[path], dict(empty)).items()}
+        except Exception:  # another release of transformers, or a part of a model
+            continue
+        for name, tensor in empty.items():
+            first = saved.pop(start + name)
+            if id(tensor) in called:
+                saved[start + called[id(tensor)]] = first
+    if saved.keys() != inside.keys():
+        spellings.append({short: saved[name] for name, short in tidy(saved).items()})
+    return spellings
+
+
 def _against(
     source: Any,
-    inside: Mapping[str, str],
+    spellings: Sequence[Mapping[str, str]],
     tensors: Mapping[str, Tensor],
     marks: Mapping[str, Origin],
 ) -> tuple[dict[str, Origin], list[str], str]:
     """Compare a part of a model with a checkpoint: origins, keys that aren't used, and a note."""
     # what reads checkpoints isn't loaded as long as none is given
     from lightning_freeze.checkpoints.verify.files import open_weights, weights_in
-    from lightning_freeze.checkpoints.verify.matching import SeveralPlacesError, match, tidy
 
     weights = open_weights(source) if isinstance(source, (str, Path)) else weights_in(source)
-    plain = {short: inside[name] for name, short in tidy(inside).items()}
-    shapes = {name: tuple(tensors[first].shape) for name, first in plain.items()}
-    try:
-        at = match(weights.shapes, shapes, sides=(f"`{weights.path}`", "the model"))
-    except SeveralPlacesError as error:
-        raise VerifyError(
-            f"{str(error).partition(' Say which')[0]} Say which one you mean by its path in the "
-            f'model: `origin={{"{error.place}": {weights.path!r}}}`.'
-        ) from None
+    fits, error = [], None
+    for spelling in spellings:
+        try:
+            at = _match(weights, {n: tuple(tensors[f].shape) for n, f in spelling.items()})
+            fits.append((sum(new in spelling for new in at.names.values()), at, spelling))
+        except VerifyError as wrong:
+            error = error or wrong
+    if not fits:
+        assert error is not None
+        raise error
+    _, at, plain = max(fits, key=lambda fit: fit[0])
     found: dict[str, Origin] = {}
     unused = []
     for key, name in at.names.items():
@@ -188,7 +227,7 @@ def _against(
             found[plain[name]] = _compare(weights, key, tensors[plain[name]])
     note = f"Origin: compared to the bit with {weights.path} ({weights.kind}"
     note += f", {len(weights.specs)} tensor{'s' if len(weights.specs) != 1 else ''})."
-    missing = [first for first in dict.fromkeys(plain.values()) if first not in found]
+    missing = [first for first in dict.fromkeys(spellings[0].values()) if first not in found]
     elsewhere = [f for f in missing if marks.get(f, Origin()).state in (LOADED, WRITTEN)]
     found |= {first: Origin(NEW) for first in missing}
     found |= {first: Origin(marks[first].state, None, "not compared") for first in elsewhere}
@@ -200,6 +239,18 @@ def _against(
             "loaded all the same; those are told by its marks."
         )
     return found, unused, note
+
+
+def _match(weights: Any, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    from lightning_freeze.checkpoints.verify.matching import SeveralPlacesError, match, quoted
+
+    try:
+        return match(weights.shapes, shapes, sides=(quoted(weights.path), "the model"))
+    except SeveralPlacesError as error:
+        raise VerifyError(
+            f"{str(error).partition(' Say which')[0]} Say which one you mean by its path in the "
+            f'model: `origin={{"{error.place}": {weights.path!r}}}`.'
+        ) from None
 
 
 def _compare(weights: Any, key: str, tensor: Tensor) -> Origin:
@@ -225,15 +276,20 @@ def _by_marks(index: ModelIndex, tensors: Mapping[str, Tensor]) -> dict[str, Ori
     A model that was made from a config, or copied, has no mark: nothing is known of it.
     """
     found: dict[str, Origin] = {}
+    for path in _libraries(index):
+        inside = {n: t for n, t in tensors.items() if not path or n.startswith(f"{path}.")}
+        found.update(_of_one(inside))
+    return found
+
+
+def _libraries(index: ModelIndex) -> list[str]:
+    """Paths of the outermost `PreTrainedModel`s; transformers needn't be installed to ask."""
     paths: list[str] = []
     for path, module in index.modules.items():
-        # a `PreTrainedModel`; transformers needn't be installed to ask
-        library = hasattr(type(module), "base_model_prefix") and hasattr(module, "_init_weights")
-        if library and not any(not outer or path.startswith(f"{outer}.") for outer in paths):
+        ours = hasattr(type(module), "base_model_prefix") and hasattr(module, "_init_weights")
+        if ours and not any(not outer or path.startswith(f"{outer}.") for outer in paths):
             paths.append(path)
-            inside = {n: t for n, t in tensors.items() if not path or n.startswith(f"{path}.")}
-            found.update(_of_one(inside))
-    return found
+    return paths
 
 
 def _of_one(tensors: Mapping[str, Tensor]) -> dict[str, Origin]:

@@ -8,26 +8,30 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_freeze import FreezeBackbone, FrozenWeightsChanged, TrainableParamAudit
+from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.callbacks import _papers
 from lightning_freeze.callbacks._papers import check_writable
 from lightning_freeze.callbacks.reinit_top_layers import ReinitTopLayers
-from lightning_freeze.checkpoints.certificate import read_certificate
+from lightning_freeze.checkpoints.certificate import Certificate, read_certificate, sha256
+from lightning_freeze.checkpoints.verify.compare import verify
 from lightning_freeze.errors import ArgumentError
 from tests.catalogue.harness import Do, audited
 from tests.ranks.fits import OwnData
 from tests.toys import Toy, changed, loader, seeded, state, trainer
+from tests.verify.files import certificate
 
 
 def nudge(_: Any, module: Any) -> None:
     module.backbone.embed.weight.data.add_(1e-3)
 
 
-def saving(folder: Path, *callbacks: Any, epochs: int, **resume: Any) -> Any:
+def saving(folder: Path | str, *callbacks: Any, epochs: int, **resume: Any) -> Any:
     save = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
     fit = trainer(*callbacks, save, epochs=epochs, enable_checkpointing=True)
     model = seeded(Toy)
@@ -90,6 +94,95 @@ def test_what_was_given_a_fresh_start_is_certified_as_such_also_behind_a_resume(
         frozen = read_certificate(file).frozen
         assert frozen["backbone.embed.weight"].reinitialised
         assert not frozen["backbone.blocks.0.linear.weight"].reinitialised
+
+
+# Digests
+
+
+def test_a_certificate_by_sha256_is_written_at_the_end_of_the_fit(tmp_path: Path) -> None:
+    audit = TrainableParamAudit(table=False, certificate_digest="sha256")
+    model = saving(tmp_path, FreezeBackbone(), audit, epochs=1)
+    found = read_certificate(tmp_path / "certificate.json")
+    assert found.digest == "sha256"
+    tensors = state(model)
+    assert {n: entry.fingerprint for n, entry in found.frozen.items()} == {
+        n: sha256(t) for n, t in tensors.items() if n.startswith("backbone.")
+    }
+    # what a resume compares with is in the checkpoint, by the digest that a checkpoint can afford
+    held = read_certificate(tmp_path / "epoch=0.ckpt")
+    assert held.digest == "xxh3_128"
+    assert verify(None, tmp_path / "epoch=0.ckpt", tmp_path / "certificate.json").ok
+    saving(tmp_path, FreezeBackbone(), audit, epochs=2, ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert not audit.findings
+    with pytest.raises(ArgumentError, match=r"`certificate_digest` is 'sha1'.*sha256"):
+        TrainableParamAudit(certificate_digest="sha1")  # type: ignore[arg-type]
+
+
+def test_what_has_other_bytes_than_were_watched_is_not_certified_by_them() -> None:
+    model = seeded(Toy)
+    watched = certificate({n: t for n, t in state(model).items() if n.startswith("backbone.")})
+    assert _papers._with_sha256(watched, model).frozen.keys() == watched.frozen.keys()
+    nudge(None, model)
+    left = watched.frozen.keys() - _papers._with_sha256(watched, model).frozen.keys()
+    assert left == {"backbone.embed.weight"}
+
+
+# Folders elsewhere
+
+
+def test_beside_checkpoints_in_a_remote_folder_it_is_written_through_fsspec() -> None:
+    saving("memory://runs/one", FreezeBackbone(), TrainableParamAudit(table=False), epochs=1)
+    files = fsspec.filesystem("memory")
+    content = json.loads(files.cat("/runs/one/certificate.json"))
+    assert len(Certificate.from_dict(content, "here").frozen) == 23
+    assert files.exists("/runs/one/epoch=0.ckpt")
+
+
+def test_a_remote_folder_that_takes_no_certificate_is_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no credentials")
+
+    monkeypatch.setattr(fsspec, "open", refuse)
+    save = ModelCheckpoint("memory://runs/two", save_top_k=-1)
+    audit = TrainableParamAudit(table=False)
+    fit = trainer(FreezeBackbone(), audit, save, epochs=3, enable_checkpointing=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit.fit(seeded(Toy), loader())
+    said = [str(w.message) for w in told if "couldn't be written" in str(w.message)]
+    assert said == [
+        "`memory://runs/two/certificate.json` couldn't be written: no credentials. The fit goes on."
+    ]
+    assert fsspec.filesystem("memory").glob("/runs/two/*.ckpt")
+
+
+# What it costs
+
+
+def test_a_checkpoint_costs_one_look_at_all_tensors_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    look = AuditRun.look_at_weights
+
+    def counted(run: AuditRun, **options: Any) -> Any:
+        looks.append(1)
+        return look(run, **options)
+
+    monkeypatch.setattr(AuditRun, "look_at_weights", counted)
+
+    def save(fit: Any, _: Any) -> None:
+        before = len(looks)
+        fit.save_checkpoint(tmp_path / "x.ckpt")
+        seen.append(len(looks) - before)
+
+    seen: list[int] = []
+    at = Do(at=2, on_train_batch_end=save)
+    saving(tmp_path, FreezeBackbone(), TrainableParamAudit(table=False), at, epochs=1)
+    assert seen == [1]
+    assert read_certificate(tmp_path / "certificate.json").step == 4
 
 
 # Ranks

@@ -137,7 +137,6 @@ def test_the_first_names_of_layer_norms(saved: Path, tmp_path: Path, wrapped: bo
     summary = summarize(model, origin=tmp_path / "old.safetensors")
     assert set(of(summary).values()) == {"loaded"}
     assert summary.unused == ()
-    assert "it has other names for 12 of them, such as " in str(summary)
 
 
 def test_the_first_names_of_layer_norms_in_a_module_of_ones_own() -> None:
@@ -155,7 +154,7 @@ def test_shards_by_an_index(masked_lm: t.PreTrainedModel, tmp_path: Path) -> Non
     assert "index" in str(summarize(masked_lm, origin=tmp_path))
 
 
-def test_tensors_that_transformers_stacks_are_in_the_checkpoint(tmp_path: Path) -> None:
+def test_tensors_that_transformers_stacks_are_loaded_and_not_called_new(tmp_path: Path) -> None:
     config = t.MixtralConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -169,10 +168,11 @@ def test_tensors_that_transformers_stacks_are_in_the_checkpoint(tmp_path: Path) 
     model = t.MixtralForCausalLM.from_pretrained(tmp_path)
     summary = summarize(model, origin=tmp_path)
     found = of(summary)
-    experts = {name: state for name, state in found.items() if "experts" in name}
-    assert experts
-    assert set(experts.values()) <= {"in the checkpoint", "loaded"}
-    assert "new" not in found.values()
+    assert any("experts" in name for name in found)
+    assert set(found.values()) == {"loaded"}
+    assert "loaded (not compared)" in summary.to_text("parameter")
+    assert "which `from_pretrained` loaded all the same" in str(summary)
+    # nobody can say by names which of its keys were used
     assert summary.unused == ()
 
 
@@ -284,7 +284,7 @@ def test_a_timm_model_with_a_file(tmp_path: Path) -> None:
     old = timm.create_model("resnet18", num_classes=5)
     path = save(tmp_path / "resnet18.pth", old.state_dict())
     model = timm.create_model("resnet18", num_classes=2, checkpoint_path="")
-    left = model.load_state_dict(
+    model.load_state_dict(
         {name: w for name, w in old.state_dict().items() if not name.startswith("fc")}, strict=False
     )
     summary = summarize(model, origin=path)
@@ -293,7 +293,6 @@ def test_a_timm_model_with_a_file(tmp_path: Path) -> None:
         "fc.bias",
     }
     assert set(summary.buffers.values()) == {"loaded"}
-    assert new_ones(model, left) == {"fc.weight", "fc.bias"}
 
 
 def test_the_part_that_a_checkpoint_belongs_to(tmp_path: Path) -> None:
@@ -313,14 +312,19 @@ def test_several_checkpoints_one_for_each_part(tmp_path: Path) -> None:
     body = save(tmp_path / "body.pt", {f"body.{n}": w for n, w in model.body.state_dict().items()})
     head = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
     assert new_ones(model, body) == {"head.weight", "head.bias"}
-    assert set(states(model, [body, head]).values()) == {"loaded"}
+    parts = {"body": model.body.state_dict(), "head": head}
+    assert set(states(model, parts).values()) == {"loaded"}
+    assert states(model, {"head": head})["body.0.weight"] == "unknown"
 
 
 def test_a_model_without_bytes_is_told_by_names(saved: Path) -> None:
     with torch.device("meta"):
         model = t.BertForSequenceClassification(t.BertConfig.from_pretrained(saved))
     found = states(model, saved)
-    assert found["bert.embeddings.LayerNorm.weight"] == "in the checkpoint"
+    assert found["bert.embeddings.LayerNorm.weight"] == "unknown"
+    assert "unknown (in the checkpoint; no bytes" in summarize(model, origin=saved).to_text(
+        "parameter"
+    )
     assert found["classifier.weight"] == "new"
 
 
@@ -328,7 +332,8 @@ def test_a_tensor_that_is_loaded_from_elsewhere(saved: Path, tmp_path: Path) -> 
     t.BertForSequenceClassification.from_pretrained(saved).save_pretrained(tmp_path)
     model = t.BertForSequenceClassification.from_pretrained(tmp_path)
     assert states(model, tmp_path)["classifier.weight"] == "loaded"
-    assert states(model, saved)["classifier.weight"] == "loaded elsewhere"
+    row = rows(model, saved)["classifier.weight"]
+    assert (row.origin, row.origin_detail) == ("loaded", "not compared")
 
 
 def test_nothing_is_changed_by_asking(saved: Path) -> None:
@@ -338,16 +343,6 @@ def test_nothing_is_changed_by_asking(saved: Path) -> None:
     for parameter, (version, flag, value) in zip(model.parameters(), before):
         assert (parameter._version, parameter.requires_grad) == (version, flag)
         assert torch.equal(parameter, value)
-
-
-def test_a_model_that_was_never_loaded_is_told_so(saved: Path) -> None:
-    loaded = t.BertForMaskedLM.from_pretrained(saved)
-    told = "it was never loaded, or all of it was trained since"
-    assert told not in str(summarize(loaded, origin=saved))
-    made = t.BertForMaskedLM(loaded.config)
-    assert told in str(summarize(made, origin=saved))
-    made.bert.encoder.layer[0].load_state_dict(loaded.bert.encoder.layer[0].state_dict())
-    assert told not in str(summarize(made, origin=saved))
 
 
 # Wrong questions
@@ -366,8 +361,8 @@ def test_a_file_without_tensors(tmp_path: Path) -> None:
         summarize(Net(), origin=tmp_path / "empty.safetensors")
     with pytest.raises(ArgumentError, match="`origin` is an empty dict"):
         summarize(Net(), origin={})
-    with pytest.raises(ArgumentError, match="`origin` is an empty list"):
-        summarize(Net(), origin=[])
+    with pytest.raises(ArgumentError, match="`origin` is of type list"):
+        summarize(Net(), origin=["net.pt"])
 
 
 def test_a_file_of_another_model(saved: Path, tmp_path: Path) -> None:
