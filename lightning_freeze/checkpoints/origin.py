@@ -28,6 +28,7 @@ CHANGED = "changed since"  # in the checkpoint, but with other bytes
 WRITTEN = "written since"  # loaded, and something wrote to it later
 NEW = "new"  # missing in the checkpoint: newly initialised
 RENEWED = "re-initialised"
+IN_CHECKPOINT = "in the checkpoint"  # name and shape fit; there are no bytes to compare
 OTHER_SHAPE = "other shape"  # the checkpoint has it in another shape
 UNKNOWN = "unknown"
 
@@ -225,7 +226,9 @@ def _against(
             unused.append(key)
         elif found.get(plain[name], Origin()).state != LOADED:
             found[plain[name]] = _compare(weights, key, tensors[plain[name]])
-    note = f"Origin: compared to the bit with {weights.path} ({weights.kind}"
+    compared = any(origin.state in (LOADED, CHANGED) for origin in found.values())
+    how = "compared to the bit with" if compared else "by name and shape, against"
+    note = f"Origin: {how} {weights.path} ({weights.kind}"
     note += f", {len(weights.specs)} tensor{'s' if len(weights.specs) != 1 else ''})."
     missing = [first for first in dict.fromkeys(spellings[0].values()) if first not in found]
     elsewhere = [f for f in missing if marks.get(f, Origin()).state in (LOADED, WRITTEN)]
@@ -261,7 +264,7 @@ def _compare(weights: Any, key: str, tensor: Tensor) -> Origin:
     if spec.shape != tuple(tensor.shape):
         return Origin(OTHER_SHAPE, key, f"{size(spec.shape)} in the checkpoint")
     if tensor.device.type == "meta" or is_sharded(tensor):
-        return Origin(UNKNOWN, key, "in the checkpoint; no bytes to compare")
+        return Origin(IN_CHECKPOINT, key)
     theirs, ours = weights.load(key), tensor.detach().cpu()
     if identical(theirs, ours):
         return Origin(LOADED, key)

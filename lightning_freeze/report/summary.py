@@ -134,6 +134,8 @@ def summarize(model: nn.Module, optimizer: Any = None, *, origin: Any = None) ->
     - "new": it is missing in the checkpoint, so it was newly initialised;
     - "re-initialised": by `reinit` or `ReinitTopLayers`;
     - "other shape": the checkpoint has it in another shape;
+    - "in the checkpoint": name and shape fit, but there are no bytes to compare (meta device,
+      shards);
     - "unknown".
 
     A tied tensor is one tensor, with one origin; `tied_to` has its other names.

@@ -91,6 +91,15 @@ def test_the_first_names_of_layer_norms_are_found_and_a_gamma_of_ones_own_is_non
     assert match(old, {**new, "norm.gamma": (8,)}).names["norm.gamma"] == "norm.gamma"
 
 
+def test_something_before_the_names_is_likelier_than_something_in_its_place() -> None:
+    right = {"backbone.linear.weight": (8, 8), "head.weight": (8, 8)}
+    assert match({"linear.weight": (8, 8)}, right).right == "backbone."
+    # but not than all of them
+    more = {**under("model.", MODEL), **{f"x.net.{n}": MODEL[n] for n in list(MODEL)[:3]}}
+    with pytest.raises(VerifyError, match=r"under `model\.`.*under `x\.`|under `x\.`.*`model\."):
+        match(under("net.", MODEL), more)
+
+
 # A question
 
 

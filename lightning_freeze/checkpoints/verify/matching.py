@@ -145,12 +145,15 @@ def _place(
     good = [p for p in scores if not any(_within(p, other, scores) for other in scores)]
     if forced is not None:
         good = [pair for pair in good if pair[0] == pair[1]] or good
+    # something before the names is likelier than something else in its place
+    plain = max((scores[pair] for pair in good if "" in pair), default=0)
+    good = [pair for pair in good if "" in pair or scores[pair] > plain]
     if not good:
         raise VerifyError(_other_model({n: n for n in left}, left, right, 0, sides))
     if len(good) > 1:
-        side = 0 if len({at for at, _ in good}) > 1 else 1
+        side = 1 if len({to for _, to in good}) > 1 else 0
         places = {pair[side]: scores[pair] for pair in good}
-        told = [f"under `{place}` ({n} of its names)" for place, n in places.items()]
+        told = [f"under `{place}` ({n} names)" for place, n in places.items()]
         first = max(places).rstrip(".")
         raise SeveralPlacesError(
             f"{_upper(sides[1 - side])} stands at several places of {sides[side]}: {some(told)}. "
