@@ -4,6 +4,8 @@ import ast
 import copy
 import hashlib
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +173,21 @@ def test_a_newer_version_asks_for_a_newer_package() -> None:
 def test_other_content_is_no_certificate(content: Any) -> None:
     with pytest.raises(VerifyError, match=r"^here is no certificate: it doesn't have `format: "):
         Certificate.from_dict(content, "here")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_documented_way_to_sign_a_certificate_tells_a_change(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "certificates.md").read_text(encoding="utf-8")
+    commands = [line.strip() for line in text.splitlines() if line.strip().startswith("openssl ")]
+    write(tmp_path / "certificate.json", WHOLE.to_dict())
+    verified = [
+        subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        for command in commands
+    ][-1]
+    assert (verified.returncode, verified.stdout) == (0, "Verified OK\n")
+    write(tmp_path / "certificate.json", UNCLEAN.to_dict())
+    changed = subprocess.run(commands[-1], shell=True, cwd=tmp_path, capture_output=True)
+    assert changed.returncode == 1
 
 
 # Files
