@@ -138,7 +138,7 @@ class Baseline:
     def tensor(self, position: int) -> Tensor | None:
         """A tensor as it is now; None for a buffer that is gone."""
         place = self._places[position]
-        return place[0]._buffers.get(place[1]) if isinstance(place, tuple) else place
+        return _buffer(*place) if isinstance(place, tuple) else place
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters among the tensors, which come first."""
@@ -185,7 +185,7 @@ class Baseline:
     def move(self, position: int, module: nn.Module) -> None:
         """A buffer hangs from another module now; what it was stays."""
         place = self._places[position]
-        if isinstance(place, tuple) and module._buffers.get(place[1]) is not None:
+        if isinstance(place, tuple) and _buffer(module, place[1]) is not None:
             self._places[position] = (module, place[1])
 
     def differs(self, name: str) -> bool:
@@ -219,7 +219,7 @@ class Baseline:
         found: list[int] = []
         for block in _blocks(len(self.names)):
             tensors = [
-                place[0]._buffers.get(place[1]) if type(place) is tuple else place
+                _buffer(*place) if type(place) is tuple else place
                 for place in self._places[block.start : block.stop]
             ]
             if self._on_device or any(tensor is None for tensor in tensors):
@@ -268,6 +268,11 @@ class Baseline:
 def _blocks(size: int, of: int = 1024) -> Iterator[range]:
     """So many positions at a time, so that what is made on the way stays small."""
     return (range(start, min(start + of, size)) for start in range(0, size, of))
+
+
+def _buffer(module: nn.Module, key: str) -> Tensor | None:
+    found = module._buffers.get(key)
+    return found if isinstance(found, Tensor) else None
 
 
 def _same(before: Place, now: Place) -> bool:
