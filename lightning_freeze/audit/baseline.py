@@ -293,9 +293,10 @@ def _blocks(size: int, of: int = 1024) -> Iterator[range]:
 
 def _buffer(module: nn.Module, key: str) -> Tensor | None:
     try:
-        return module._buffers[key]  # TorchScript's dictionary has no `get`
+        found = module._buffers[key]  # TorchScript's dictionary has no `get`
     except KeyError:
         return None
+    return found if isinstance(found, Tensor) else None
 
 
 def _same(before: Place, now: Place) -> bool:

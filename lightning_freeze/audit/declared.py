@@ -59,6 +59,48 @@ class Declared:
         )
 
 
+def redeclared(before: Declared, index: ModelIndex, *, trained: bool) -> Declared | None:
+    """What `requires_grad` says at an epoch's border, where that is a new declaration.
+
+    Whoever freezes and unfreezes by hand does it there: whole modules, in one direction, and
+    something goes on training. Before anything has trained, any set of flags is one. Where single
+    tensors of a module are flipped, or one part is swapped for another, somebody has to decide
+    whether it is meant: None.
+
+    Args:
+        before: what was declared.
+        index: the model, with the objects of then.
+        trained: whether any batch has been trained on.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)).requires_grad_(False)
+        >>> _ = model[1].requires_grad_(True)
+        >>> index = ModelIndex.of(model)
+        >>> declared = Declared.by_flags(index)
+        >>> _ = model[0].requires_grad_(True)
+        >>> redeclared(declared, index, trained=True).frozen
+        frozenset()
+        >>> _ = model[0].bias.requires_grad_(False)
+        >>> redeclared(declared, index, trained=True) is None
+        True
+    """
+    now = Declared.by_flags(index, before.frozen).without(before.ignored, index)
+    on, off = before.frozen - now.frozen, now.frozen - before.frozen
+    if not (on or off) or not any(p.requires_grad for p in index.parameters.values()):
+        return None
+    if not trained:
+        return now
+    within = {
+        path: index.within(index.modules[path]) for path in {index.owner(n) for n in on | off}
+    }
+    whole = all(
+        len({index.parameters[name].requires_grad for name in names if name not in now.ignored}) < 2
+        for names in within.values()
+    )
+    return now if whole and not (on and off) else None
+
+
 def ignored_by(index: ModelIndex, selectors: Selectors) -> frozenset[str]:
     """Names of the parameters and buffers that some selectors match.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.audit.baseline import Baseline, Moment, Place
 from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
@@ -267,7 +268,8 @@ def _buffers(index: ModelIndex, declared: Declared) -> Iterator[tuple[str, Place
         for key, buffer in module._buffers.items():
             name = f"{path}.{key}" if path else key
             if (
-                buffer is not None
+                isinstance(buffer, Tensor)
+                and not is_lazy(buffer)
                 and key not in module._non_persistent_buffers_set
                 and name not in declared.ignored
             ):

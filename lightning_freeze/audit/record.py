@@ -74,17 +74,19 @@ class Record:
             by_cause: whether the same tensors with another cause are something new.
         """
         told = {_key(finding, by_cause) for finding in self.findings}
-        names: dict[tuple[str, str], set[str]] = {}
+        names: dict[tuple[str, str, str], set[str]] = {}
         for finding in self.findings:
-            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
+            key = (finding.code, finding.severity, finding.cause)
+            names.setdefault(key, set()).update(finding.names)
         new: list[Finding] = []
         for finding in findings:
-            known = names.get((finding.code, finding.cause))
+            key = (finding.code, finding.severity, finding.cause)
+            known = names.get(key)
             again = known is not None and known.issuperset(finding.names)
             if again or _key(finding, by_cause) in told:
                 continue
             told.add(_key(finding, by_cause))
-            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
+            names.setdefault(key, set()).update(finding.names)
             new.append(finding)
         self.findings += new
         return new
@@ -223,7 +225,7 @@ class Record:
 
 def _key(finding: Finding, by_cause: bool) -> tuple[Any, ...]:
     cause = finding.cause if by_cause and finding.code in CHANGED else ""
-    return finding.code, finding.names, cause
+    return finding.code, finding.names, finding.severity, cause
 
 
 def versions() -> dict[str, str]:

@@ -23,9 +23,15 @@ from lightning_freeze.audit.moods import is_dropout
 from lightning_freeze.audit.rolling import Pace, Rolling
 from lightning_freeze.audit.scene import Average, Scene, nobody
 from lightning_freeze.audit.switches import fell_asleep, lively
-from lightning_freeze.audit.unfrozen import Movement, never_stepped, not_moved, without_gradient
+from lightning_freeze.audit.unfrozen import (
+    Movement,
+    by_group,
+    never_stepped,
+    not_moved,
+    without_gradient,
+)
 from lightning_freeze.errors import FreezeError
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, some
 from lightning_freeze.model.layer_groups import LayerGroup
 
 # shares of a step's time: noting who writes, and comparing slices
@@ -158,6 +164,12 @@ class AuditRun:
         """Whether some tensors are read at every look, to see who writes them."""
         return bool(self._hunted)
 
+    @property
+    def flipped_at_border(self) -> bool:
+        """Whether flags were flipped behind an epoch's last batch or validation, only there."""
+        flips = self._trace.flips.values()
+        return bool(flips) and all(flip.before == looks.EPOCH_END for flip in flips)
+
     def _begin(
         self, label: str, now: Moment, flags: bytes | None = None, *, again: bool = False
     ) -> None:
@@ -247,6 +259,8 @@ class AuditRun:
         if not self._updating:  # it doesn't call the closure, in which `update_starts` is called
             self._closed.add(id(optimizer))
         self._updating = False
+        if self._movement.due(self.watch.dead_after):
+            self._movement.note_reasons(optimizer)
         if self._noting:
             began = perf_counter()
             self._trace.after_update(optimizer, now)
@@ -260,7 +274,7 @@ class AuditRun:
             self._trace.look(looks.END, now)
             self._trace.look_at_flags(looks.END, now)
         if self._movement.due(self.watch.dead_after):
-            self.check_movement()  # gradients are still there
+            self.check_movement()
         self._count_idle()
         ended = perf_counter()
         self._spent += ended - began
@@ -284,10 +298,14 @@ class AuditRun:
         self._idle += 1
         every = self._batches_per_step()
         if every and self._idle == self.watch.dead_after * every and self.watch.waits:
-            held = held_by(self._optimizers())
-            parameters = self.ledger.index.parameters
-            names = [n for n, p in parameters.items() if p.requires_grad and id(p) in held]
-            self._queue += never_stepped(self._groups, names, self._idle)
+            self._queue += self._never_stepped("warning")
+
+    def _never_stepped(self, severity: str) -> list[Seen]:
+        held = held_by(self._optimizers())
+        ignored, parameters = self.ledger.declared.ignored, self.ledger.index.parameters
+        trains = ((n, p) for n, p in parameters.items() if p.requires_grad and n not in ignored)
+        names = [n for n, p in trains if id(p) in held]
+        return never_stepped(self._groups, names, self._idle, severity)
 
     def look(self, label: str, now: Moment) -> None:
         """At any other place of the loop."""
@@ -384,10 +402,35 @@ class AuditRun:
     def epoch_ends(self, now: Moment) -> None:
         """Behind an epoch's last batch and its validation."""
         self.look(looks.EPOCH_END, now)
-        self.check_movement()
+        self._nothing_stepped(times=3)  # who accumulates gradients by hand does it for so long
+        self._queue += self._lost()
         if not self._looked_for_hidden:
             self._looked_for_hidden = True
             self._queue += hidden(self.ledger.model, self._optimizers())
+
+    def fit_ends(self) -> None:
+        """Behind the last epoch."""
+        self._nothing_stepped(times=1)
+
+    def _nothing_stepped(self, *, times: int) -> None:
+        least = times * self.watch.dead_after * self._batches_per_step()
+        if least and self._idle >= least and not self.watch.asked:
+            self._queue += self._never_stepped("error")
+
+    def _lost(self) -> list[Seen]:
+        lost = self.watch.lost()
+        return [
+            Seen(
+                "no-gradient",
+                names,
+                f"{some(names)} had gradients, and has had none for "
+                f"{min(lost[name] for name in names)} optimizer steps",
+                "Its output isn't used in the loss any more, or is detached.",
+                "Freeze what is not to train any more, through these callbacks; name it in "
+                "`ignore` if it is meant to get none.",
+            )
+            for names in by_group(self._groups, lost).values()
+        ]
 
     def hunt(self, found: Iterable[Finding], now: Moment) -> None:
         """Something changed: from now on see at every look who changes it again."""
@@ -423,10 +466,11 @@ class AuditRun:
     def _tell_of_dead(self, dead: list[str], steps: int = 0) -> None:
         probe = self._probe or Probe(self.ledger.index, ())
         holder = of_all_held(dead, self.ledger.index, self._optimizers())
-        for seen in without_gradient(self._groups, dead, steps or self.watch.dead_after, probe.why):
+        severity = "warning" if self.watch.alive or not holder else "error"
+        many = steps or self.watch.dead_after
+        for seen in without_gradient(self._groups, dead, many, probe.why, severity):
             if holder:
-                cause = f"Nothing that {holder} holds has one. {seen.cause}"
-                seen = Seen(seen.code, seen.names, seen.message, cause, seen.fix)
+                seen = replace(seen, cause=f"Nothing that {holder} holds has one. {seen.cause}")
             self._queue.append(seen)
         self._stop_probe()
 

@@ -324,7 +324,7 @@ def test_no_hook_stays_on_model_or_optimizer() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit.fit(model, loader())
-    assert one(audit, "no-gradient").cause == "Its module is never called in the forward pass."
+    assert "wasn't called" in one(audit, "no-gradient").cause
     assert not any(module._forward_hooks for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not fit.optimizers[0]._optimizer_step_post_hooks
