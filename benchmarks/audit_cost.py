@@ -1,14 +1,10 @@
-"""What an audit costs: bytes per second beside `torch.sum`, memory, and slices beside no audit.
+"""What an audit costs: bytes per second beside `torch.sum` and memory.
 
     python benchmarks/audit_cost.py
 
 Reading: a full audit (bytes of every frozen tensor, flags, modes, gradients, ties, identity) and
 `torch.sum` over the same tensors, in turns, for a BERT-base and for 10,000 small tensors. A sum
 is about the least that reading can cost.
-
-Slices: one fit of a small BERT in which blocks of steps with `every="rolling"` and blocks without
-any audit take turns, so that both have the same machine. A step lasts from the start of one batch
-to the start of the next, every hook included.
 
 Memory: a fit of a model with 10,000 small tensors and `FreezeBackbone`, with and without an audit.
 
@@ -27,7 +23,7 @@ import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import BertConfig, BertModel
 
 from lightning_freeze import FreezeBackbone, TrainableParamAudit
 from lightning_freeze.accelerator import reduced
@@ -53,12 +49,6 @@ class Settings:
     """Sizes of the benchmark."""
 
     repeats: int = 9
-    blocks: int = 16
-    steps: int = 10
-    layers: int = 6
-    width: int = 384
-    batch: int = 16
-    length: int = 32
     base_layers: int = 12
     base_width: int = 768
     small: int = SMALL
@@ -94,45 +84,16 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Slices:
-    """Steps with slices beside steps without an audit.
-
-    Attributes:
-        without: seconds of each step.
-        slices: the same with `every="rolling"`.
-        hooks: seconds of the audit's hooks in each of those.
-        steps_per_round: steps until everything was compared.
-    """
-
-    without: tuple[float, ...]
-    slices: tuple[float, ...]
-    hooks: tuple[float, ...]
-    steps_per_round: int
-
-    @property
-    def cost(self) -> float:
-        """What a median step takes longer, as a share."""
-        return statistics.median(self.slices) / statistics.median(self.without) - 1
-
-    @property
-    def by_hooks(self) -> float:
-        """What the hooks take of a median step, as a share: less at the mercy of the machine."""
-        return sum(self.hooks) / sum(self.slices)
-
-
-@dataclass(frozen=True)
 class Result:
     """Everything that was measured.
 
     Attributes:
         readings: each model.
-        slices: what they cost.
         in_a_fit: bytes for each tensor that an audit holds in a fit, beside `FreezeBackbone`.
         gpu: seconds of a sum and of a reduction.
     """
 
     readings: tuple[Reading, ...]
-    slices: Slices
     in_a_fit: float
     gpu: tuple[float, float] | None = None
 
@@ -188,29 +149,6 @@ def read(what: str, model: nn.Module, repeats: int) -> Reading:
         kept=kept / len(tensors),
         most=most / len(tensors),
     )
-
-
-class Classifier(LightningModule):
-    """A BERT that classifies random tokens."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__()
-        config = BertConfig(
-            vocab_size=2000,
-            hidden_size=settings.width,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=12,
-            intermediate_size=4 * settings.width,
-            num_labels=CLASSES,
-        )
-        self.model = BertForSequenceClassification(config)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        tokens, labels = batch
-        return self.model(input_ids=tokens, labels=labels).loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
 
 
 def quiet_trainer(callbacks: list[Callback]) -> Trainer:
@@ -270,73 +208,6 @@ def measure_fit(tensors: int) -> float:
             gc.collect()
     # the first fits fill caches, and tables of weak references grow now and then
     return (min(held[True][1:]) - min(held[False][1:])) / tensors
-
-
-class InTurns(TrainableParamAudit):
-    """An audit that is there in every other block of steps, and clocks its hooks."""
-
-    def __init__(self, block: int) -> None:
-        super().__init__(every="rolling", table=False, certificate=False)
-        self.block = block
-        self.spent = 0.0
-        self.hooks: list[float] = []
-
-    def there(self, trainer: Trainer) -> bool:
-        return trainer.global_step // self.block % 2 == 1
-
-    def timed(self, hook: Callable[..., None], *given: Any) -> None:
-        began = time.perf_counter()
-        hook(*given)
-        self.spent += time.perf_counter() - began
-
-    def on_train_batch_start(self, trainer: Trainer, *given: Any) -> None:
-        if self.there(trainer):
-            self.spent = 0.0
-            self.timed(super().on_train_batch_start, trainer, *given)
-
-    def on_before_optimizer_step(self, trainer: Trainer, *given: Any) -> None:
-        if self.there(trainer):
-            self.timed(super().on_before_optimizer_step, trainer, *given)
-        elif self._run is not None:
-            self._run._noting = False  # nor does the hook behind the optimizer's step look
-
-    def on_train_batch_end(self, trainer: Trainer, *given: Any) -> None:
-        # the step that ends here has been counted already
-        if (trainer.global_step - 1) // self.block % 2 == 1:
-            self.timed(super().on_train_batch_end, trainer, *given)
-            self.hooks.append(self.spent)
-
-
-@dataclass
-class Clock(Callback):
-    """Notes how long each step takes, hooks included."""
-
-    starts: list[float] = field(default_factory=list)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.starts.append(time.perf_counter())
-
-
-def measure_slices(settings: Settings) -> Slices:
-    """One fit, with and without slices in turns."""
-    torch.manual_seed(7)
-    steps = settings.steps * settings.blocks + 1
-    rows = settings.batch * steps
-    tokens = torch.randint(0, 2000, (rows, settings.length))
-    data = TensorDataset(tokens, torch.randint(0, CLASSES, (rows,)))
-    clock, audit = Clock(), InTurns(settings.steps)
-    trainer = quiet_trainer([clock, FreezeBackbone(trainable_layers=2), audit])
-    trainer.fit(Classifier(settings), DataLoader(data, batch_size=settings.batch))
-    took = [after - before for before, after in zip(clock.starts, clock.starts[1:])]
-    slices: list[float] = []
-    without: list[float] = []
-    for step, seconds in enumerate(took):
-        block, place = divmod(step, settings.steps)
-        if block and place:  # the first block is slow, and so is each change
-            (slices if block % 2 else without).append(seconds)
-    rolling = audit._run.rolling if audit._run is not None else None
-    rounds = rolling.steps_per_round if rolling is not None else 0
-    return Slices(tuple(without), tuple(slices), tuple(audit.hooks), rounds)
 
 
 def measure_gpu(repeats: int) -> tuple[float, float]:
@@ -402,13 +273,6 @@ def show(result: Result) -> None:
             f"{row.most:.0f} B",
         )
     console.print(table)
-    slices = result.slices
-    without, with_slices = (1e3 * statistics.median(t) for t in (slices.without, slices.slices))
-    console.print(
-        f'\nevery="rolling": median step {without:.1f} ms without an audit, {with_slices:.1f} ms '
-        f"with slices: {100 * slices.cost:+.2f} %. The hooks took {100 * slices.by_hooks:.2f} % of "
-        f"the steps. A full round: {slices.steps_per_round} steps."
-    )
     console.print(f"In a fit with FreezeBackbone an audit adds {result.in_a_fit:.0f} B/tensor.")
     if result.gpu is None:
         console.print("GPU: none here, not measured.")
@@ -430,10 +294,9 @@ def main(arguments: Sequence[str] | None = None) -> Result:
             read("BERT-base", bert_base(settings), settings.repeats),
             read("small tensors", Small(settings.small), settings.repeats),
         )
-        slices = measure_slices(settings)
         in_a_fit = measure_fit(settings.small)
         gpu = measure_gpu(settings.repeats) if torch.cuda.is_available() else None
-    result = Result(readings, slices, in_a_fit, gpu)
+    result = Result(readings, in_a_fit, gpu)
     show(result)
     return result
 

@@ -187,7 +187,7 @@ def test_the_terminal_table_shows_each_cell(
 @pytest.mark.slow
 def test_audit_cost_prints_what_it_measured(capsys: pytest.CaptureFixture[str]) -> None:
     module = load("audit_cost")
-    small = "--repeats 1 --blocks 4 --steps 3 --layers 3 --width 48 --base-layers 1 --base-width 48"
+    small = "--repeats 1 --base-layers 1 --base-width 48"
     result = module.main([*small.split(), "--small", "400"])
     shown = capsys.readouterr().out
     assert [reading.what for reading in result.readings] == ["BERT-base", "small tensors"]
@@ -195,8 +195,6 @@ def test_audit_cost_prints_what_it_measured(capsys: pytest.CaptureFixture[str]) 
         assert f"{reading.ratio:.2f}" in shown
         assert reading.most >= reading.kept > 0
     assert f"adds {result.in_a_fit:.0f} B/tensor" in shown
-    assert result.slices.slices
-    assert result.slices.without
 
 
 @pytest.mark.slow
