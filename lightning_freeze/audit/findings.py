@@ -44,6 +44,7 @@ class Finding:
         since: epoch and step of the last look at which it was still right; None if there was none.
         severity: "warning" for what may be meant so, such as a layer that never gets a gradient:
             it is told, and never ends a fit.
+        count: at how many checks in a row the same was found, by the same cause.
     """
 
     code: str
@@ -56,6 +57,7 @@ class Finding:
     fix: str = ""
     since: tuple[int, int] | None = None
     severity: str = "error"
+    count: int = 1
 
     def __str__(self) -> str:
         where = f"epoch {self.epoch}, step {self.step}, rank {self.rank}"

@@ -52,7 +52,6 @@ class Ledger:
         *,
         index: ModelIndex | None = None,
         now: Moment = (0, 0),
-        parts: bool = False,
     ) -> None:
         """Take everything down.
 
@@ -61,12 +60,10 @@ class Ledger:
             declared: what holds; what `requires_grad` says where None.
             index: of the model, if there is one already.
             now: epoch and optimizer step.
-            parts: also compare slices (see `Baseline.of`).
         """
         self.model = model
         self.index = ModelIndex.of(model) if index is None else index
         self._roster = Roster(model)
-        self._parts = parts
         self._spoilt: set[str] = set()
         self.baseline = Baseline()
         self.declare(Declared.by_flags(self.index) if declared is None else declared, now)
@@ -84,7 +81,7 @@ class Ledger:
             ((n, p) for n, p in self.index.parameters.items() if n in declared.frozen),
             _buffers(self.index, declared),
         )
-        self.baseline = Baseline.of(places, now, self.baseline, parts=self._parts)
+        self.baseline = Baseline.of(places, now, self.baseline)
 
     def digests(self) -> dict[str, str]:
         """Name -> fingerprint of every frozen parameter and buffer when it was frozen."""

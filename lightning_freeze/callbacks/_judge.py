@@ -55,7 +55,7 @@ class Judge:
 
     def _keep(self, trainer: Trainer, run: AuditRun, found: list[list[Finding]]) -> list[Finding]:
         listed = [finding for each in found for finding in each]
-        new = self._record.keep(listed, by_cause=run.hunting)
+        new = self._record.keep(listed)
         if trainer.is_global_zero:
             for finding in new:
                 if not self._raises or finding.severity == "warning":

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from lightning_freeze.arguments import call_of, interval, one_of, whole
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.declared import Declared, ignored_by, redeclared
-from lightning_freeze.audit.findings import CHANGED, Finding, Seen
+from lightning_freeze.audit.findings import Finding, Seen
 from lightning_freeze.audit.identity import untied
 from lightning_freeze.audit.ranks import sharded_apart
 from lightning_freeze.audit.record import Record
@@ -45,9 +45,6 @@ from lightning_freeze.report.html import audit_to_html
 from lightning_freeze.report.summary import groups_or_children
 from lightning_freeze.report.timeline import Moment
 
-# with several ranks, what slices find is told when all of them come to the same step
-_STEPS_TO_AGREE = 50
-
 
 class TrainableParamAudit(Callback):
     """Check, to the bit, that frozen weights never change and that trainable ones do.
@@ -61,12 +58,10 @@ class TrainableParamAudit(Callback):
     Args:
         on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn". A
             layer that never gets a gradient while others do is a warning in any case.
-            With "warn", a frozen tensor that is found changed at an epoch's end is watched
-            through every batch of the next epoch, to see who changes it.
-        every: "epoch", "batch", a number of optimizer steps between two checks, or "rolling": each
-            step compares a slice of the frozen tensors, sized so that the audit takes at most 1 %
-            of the step's time. The end of each epoch and each change of the trainable set is
-            always checked.
+            With "warn", a tensor that changes again after it was told of is told of again, unless
+            it is by the same cause at the next check: then the finding counts it.
+        every: "epoch", "batch", or a number of optimizer steps between two checks. The end of each
+            epoch and each change of the trainable set is always checked.
         table: print who trains at fit start and at each change, and the verdict at fit end.
         log_metrics: log the numbers of trainable and frozen parameters to the loggers.
         report: path of a JSON report, written at fit end and when an exception ends the fit.
@@ -141,7 +136,6 @@ class TrainableParamAudit(Callback):
         self._wrapped: frozenset[str] = frozenset()
         self._ignored: frozenset[str] = frozenset()
         self._last_step = 0
-        self._hunt_ends = -1
         self._ended = False
         self._trained = False
         self._at_border = False
@@ -188,6 +182,7 @@ class TrainableParamAudit(Callback):
             if self._resumed is not None:
                 told = self._resumed.certificate.findings
                 self._record.findings = [Finding.from_dict(finding) for finding in told]
+                self._record.inherited = len(told)
                 self._record.fresh = self._resumed.fresh
             self._record.moments = Moment.read(state.get("moments", ()))
             self._record.checks = state.get("checks", 0)
@@ -259,7 +254,6 @@ class TrainableParamAudit(Callback):
             now=self._now(trainer),
             dead_after=self.dead_after,
             managed=fit.managed,
-            rolling=self.every == "rolling",
             omitted=left_out(
                 fit.index, self._record.groups, _held(trainer, fit), managed=fit.managed
             ),
@@ -306,7 +300,6 @@ class TrainableParamAudit(Callback):
             if self._at_border:
                 self._chronicle.take_down(trainer, run)
             return
-        self._hunt_ends = -1
         told = [
             f"{some(sorted(names))} {verb}"
             for names, verb in ((on, "train"), (off, "is frozen"))
@@ -334,7 +327,6 @@ class TrainableParamAudit(Callback):
         self._declared = declared_by(fit, self._ignored)
         if self._run is not None:
             self._run.declare(self._declared, self._now(trainer))
-            self._hunt_ends = -1
             self._chronicle.change(trainer, fit, self._run)
 
     # while it runs
@@ -381,13 +373,7 @@ class TrainableParamAudit(Callback):
         self._run.batch_ends(self._now(trainer))
         steps = trainer.global_step - self._last_step
         due = self.every == "batch" or (isinstance(self.every, int) and steps >= self.every)
-        due = due or trainer.current_epoch <= self._hunt_ends
-        if trainer.world_size == 1:
-            due = due or self._run.waiting
-        elif self.every == "rolling" and steps >= _STEPS_TO_AGREE:
-            self._last_step = trainer.global_step
-            due = any(from_all_ranks(self._run.waiting, "a rolling audit"))
-        if due:
+        if due or (trainer.world_size == 1 and self._run.waiting):
             self._check(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -416,10 +402,6 @@ class TrainableParamAudit(Callback):
         if border:
             self._adopt(trainer)
         self._chronicle.end_epoch(trainer, run)
-        if run.hunting and trainer.current_epoch >= self._hunt_ends:
-            self._check(trainer)
-            run.give_up(self._now(trainer))
-            return
         self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -517,9 +499,7 @@ class TrainableParamAudit(Callback):
             self._record.count_check()
             self._last_step = trainer.global_step
             new = self._judge.hear(trainer, run, seen)
-        if not self._ended and not run.hunting and any(f.code in CHANGED for f in new):
-            self._hunt_ends = trainer.current_epoch + 1
-            run.hunt(new, self._now(trainer))
+        run.renew(seen, self._now(trainer))
         return new
 
     def to_dict(self) -> dict[str, Any]:

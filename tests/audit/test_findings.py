@@ -30,6 +30,7 @@ def test_a_finding_is_plain_values() -> None:
         "fix": "Mend it.",
         "since": None,
         "severity": "error",
+        "count": 1,
     }
 
 

@@ -31,7 +31,7 @@ def grow(_: Any, module: Any) -> None:
 # Broken off
 
 
-@pytest.mark.parametrize("every", ["epoch", "batch", "rolling"])
+@pytest.mark.parametrize("every", ["epoch", "batch", 3])
 def test_a_fit_that_breaks_off_is_not_called_clean_unless_it_is(tmp_path: Path, every: str) -> None:
     class Breaks(Callback):
         def __init__(self, writes: bool) -> None:

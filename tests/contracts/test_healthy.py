@@ -385,6 +385,7 @@ SERIOUS: dict[str, tuple[Callable[[], Toy], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("case", SERIOUS)
 def test_what_is_lost_for_good_ends_the_fit(case: str) -> None:
     make, match = SERIOUS[case]
@@ -436,6 +437,7 @@ def breaks(_: Any) -> None:
     raise RuntimeError("the user's own")
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_an_audit_that_fails_never_replaces_the_users_own_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
