@@ -7,12 +7,14 @@
 #   make clean    remove the environments and all that was built
 #
 #   PYTHON=python3.12        the Python to set up with; if it has torch already, that one is used
+#   WORKERS=4                how many tests run side by side (2 where nothing is said)
 #   TORCH_INDEX=https://download.pytorch.org/whl/cpu
 #                            where to take torch from, such as the small builds for CPUs
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+WORKERS ?= 2
 PIP_FLAGS ?= -qq
 
 PIP := -m pip --disable-pip-version-check install $(PIP_FLAGS)
@@ -30,11 +32,11 @@ demo: .venv/demo/ready
 	$(DEMO) examples/finetune_text.py $(ARGS)
 
 test: check
-	$(TEST) -m pytest
+	$(TEST) -m pytest -n $(WORKERS)
 	@$(MAKE) --no-print-directory wheel
 
 quick: .venv/test/ready
-	$(TEST) -m pytest -m "not slow"
+	$(TEST) -m pytest -n $(WORKERS) -m "not slow"
 
 catalogue: .venv/test/ready
 	$(TEST) -m tests.catalogue $(ARGS)

@@ -1,7 +1,7 @@
 """What lightning-freeze, finetuning-scheduler and BackboneFinetuning do in the same situations.
 
-    python benchmarks/peers.py              # a table in the terminal
-    python benchmarks/peers.py --markdown   # the same for the README
+    python -m benchmarks.peers              # a table in the terminal
+    python -m benchmarks.peers --markdown   # the same for the README
 
 Every cell comes from a run of a small network with a backbone of twelve layers and a head, under
 each library's documented interface; where a library has another documented way, that is run, too.
@@ -11,18 +11,17 @@ fastai has a training loop of its own: its column is taken from its documentatio
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import inspect
 import json
 import logging
+import math
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,12 +30,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, ModelCheckpoint
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks._harness import hushed, quiet_trainer, show, versions
 from lightning_freeze import (
     FreezeBackbone,
     FreezeError,
@@ -92,6 +90,7 @@ class Net(LightningModule):
         self.backbone = Backbone()
         self.head = nn.Linear(8, 3)
         self.configure = configure
+        self.used: list[dict[str, list[tuple[float, float]]]] = []
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
@@ -105,7 +104,14 @@ class Net(LightningModule):
         self.log("val_loss", loss, batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        return self.configure(self)
+        made = self.configure(self)
+        optimizer = made["optimizer"] if isinstance(made, dict) else made
+        optimizer.register_step_post_hook(self.note)
+        return made
+
+    def note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Keep what the step was really made with, whoever stood in for the optimizer."""
+        self.used.append(options_of(self, args[0]))
 
 
 class NetByStep(Net):
@@ -191,33 +197,22 @@ class Contender:
         **options: Any,
     ) -> Trainer:
         saving = self.checkpoint(dirpath=folder, **(checkpoint or {"save_top_k": 0}))
-        trainer = Trainer(
-            max_epochs=epochs,
-            callbacks=[*callbacks, saving],
-            **{**quiet(folder), **options},
+        run = quiet_trainer(
+            [*callbacks, saving],
+            epochs,
+            enable_checkpointing=True,
+            default_root_dir=folder,
+            **options,
         )
         data = {"train_dataloaders": loader(), "val_dataloaders": loader(train=False)}
         if resume is not None and by_attribute:
-            trainer.ckpt_path = resume
+            run.ckpt_path = resume
         elif resume is not None:
             data["ckpt_path"] = resume  # type: ignore[assignment]
-        if "weights_only" in inspect.signature(trainer.fit).parameters:  # from Lightning 2.6
+        if "weights_only" in inspect.signature(run.fit).parameters:  # from Lightning 2.6
             data["weights_only"] = False  # type: ignore[assignment]
-        trainer.fit(net, **data)  # type: ignore[arg-type]
-        return trainer
-
-
-def quiet(folder: Path) -> dict[str, Any]:
-    """Arguments of a Trainer that prints and logs nothing."""
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "default_root_dir": folder,
-    }
+        run.fit(net, **data)  # type: ignore[arg-type]
+        return run
 
 
 def _ours(at: int = 1, *, scale: float = 1.0) -> list[Callback]:
@@ -320,8 +315,8 @@ def group_options(contender: Contender, folder: Path) -> str:
     def run(configure: Configure, prepare: Callable[[Net], None] = lambda net: None) -> str:
         net = Net(configure)
         prepare(net)
-        trainer = contender.fit(net, folder, epochs=2, callbacks=contender.make())
-        found = options_of(net, trainer.optimizers[0])
+        contender.fit(net, folder, epochs=2, callbacks=contender.make())
+        found = net.used[-1]
         right = wanted(net, two_groups)
         names = [name for name in right if name.startswith("backbone")]
         off = {}
@@ -379,17 +374,9 @@ def scheduler(kind: str) -> Callable[[Contender, Path], str]:
             return {"optimizer": optimizer, "lr_scheduler": config}
 
         net = Net(configure)
-        seen: list[tuple[float, float]] = []
-
-        def look(trainer: Trainer, *_: Any) -> None:
-            found = options_of(net, trainer.optimizers[0])
-            backbone = found[BACKBONE][0][0] if found[BACKBONE] else float("nan")
-            seen.append((found["head.weight"][0][0], backbone))
-
-        contender.fit(
-            net, folder, epochs=epochs, callbacks=[*callbacks, Hook("on_before_zero_grad", look)]
-        )
-        return seen
+        contender.fit(net, folder, epochs=epochs, callbacks=callbacks)
+        unused = [(math.nan, math.nan)]
+        return [(o["head.weight"][0][0], (o[BACKBONE] or unused)[0][0]) for o in net.used]
 
     def reference(folder: Path, interval: str) -> list[tuple[float, float]]:
         return lrs(NOTHING, folder, interval, [])
@@ -579,11 +566,17 @@ def two_ranks(contender: Contender, folder: Path) -> str:
     def run(find_unused: bool) -> str:
         # a process of its own: forking one that has used threads may hang
         report = folder / f"{contender.name}-{find_unused}.json"
-        command = [sys.executable, __file__, "--ranks", contender.name, str(report)]
+        command = [sys.executable, "-m", "benchmarks.peers", "--ranks", contender.name, str(report)]
         command += ["--find-unused"] if find_unused else []
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
         if done.returncode or not report.exists():
             lines = done.stderr.strip().splitlines() or ["no result"]
@@ -716,15 +709,8 @@ def unchanged_optimizers(contender: Contender, folder: Path) -> str:
     off: dict[str, str] = {}
     for form, configure in FORMS.items():
         net = Net(configure)
-        seen: list[dict[str, list[tuple[float, float]]]] = []
-
-        def look(trainer: Trainer, *_: Any) -> None:
-            if trainer.current_epoch == 1:
-                seen.append(options_of(net, trainer.optimizers[0]))  # noqa: B023
-
-        hook = Hook("on_before_zero_grad", look)
         try:
-            contender.fit(net, folder, epochs=2, callbacks=[*contender.make(scale=0.1), hook])
+            contender.fit(net, folder, epochs=2, callbacks=contender.make(scale=0.1))
         except Exception as error:
             off[form] = f"raises {brief(error)}"
             continue
@@ -732,14 +718,15 @@ def unchanged_optimizers(contender: Contender, folder: Path) -> str:
             name: (lr * (0.1 if name.startswith("backbone") else 1.0), decay)
             for name, (lr, decay) in wanted(net, configure).items()
         }
+        used = net.used[STEPS]
         wrong = [
             name
             for name, right in expected.items()
-            if len(seen[0][name]) != 1 or not _close(seen[0][name][0], right)
+            if len(used[name]) != 1 or not _close(used[name][0], right)
         ]
         if wrong:
             what = "batch-norm tensors" if all("norm" in name for name in wrong) else "tensors"
-            held, right = seen[0][wrong[0]], expected[wrong[0]]
+            held, right = used[wrong[0]], expected[wrong[0]]
             said = " and ".join(
                 f"{option} {got:g} for {should:g}"
                 for option, got, should in zip(("lr", "weight decay"), held[0], right)
@@ -835,26 +822,6 @@ def contenders() -> list[Contender]:
     return [OURS, *([other] if other is not None else []), BACKBONE_FINETUNING]
 
 
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Without the libraries' own messages, and on one thread: the network is tiny."""
-    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
 def measure(
     keys: Sequence[str] = (), say: Callable[[str], None] = lambda text: None
 ) -> dict[str, dict[str, str]]:
@@ -877,15 +844,6 @@ def _heading(name: str) -> str:
     return f"{name} {metadata.version(name)}"
 
 
-def versions() -> str:
-    listed = ("lightning-freeze", "finetuning-scheduler", "lightning", "torch")
-    shown = []
-    for name in listed:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            shown.append(f"{name} {metadata.version(name)}")
-    return ", ".join(shown)
-
-
 def table_of(found: dict[str, dict[str, str]]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the printed table."""
     names = [contender.name for contender in contenders()]
@@ -896,24 +854,6 @@ def table_of(found: dict[str, dict[str, str]]) -> tuple[list[str], list[list[str
         for key, row in found.items()
     ]
     return heads, rows
-
-
-def markdown(found: dict[str, dict[str, str]]) -> str:
-    heads, rows = table_of(found)
-    lines = [heads, ["---"] * len(heads), *rows]
-    text = "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|") for c in line) + " |" for line in lines
-    )
-    return f"{text}\n\nMeasured by `benchmarks/peers.py` with {versions()}."
-
-
-def show(found: dict[str, dict[str, str]], console: Console) -> None:
-    heads, rows = table_of(found)
-    table = Table(*heads, show_lines=True)
-    for row in rows:
-        table.add_row(*(re.sub(r"\[", r"\\[", cell) for cell in row))
-    console.print(table)
-    console.print(versions())
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
@@ -934,13 +874,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, str]]:
             "benchmarks/README.md",
             file=sys.stderr,
         )
-    console = Console()
-    with Console(stderr=True).status("") as status:
-        found = measure(given.only, status.update)
-    if given.markdown:
-        print(markdown(found))
-    else:
-        show(found, console)
+    found = measure(given.only, lambda text: print(text, file=sys.stderr))
+    show("What happens", *table_of(found), [versions()], markdown=given.markdown)
     return found
 
 

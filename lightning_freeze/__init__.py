@@ -91,7 +91,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # the callbacks import lightning; the functions work without it
+    # they take a while to import, and the functions work without them
     if name in _CALLBACKS:
         from lightning_freeze import callbacks
 

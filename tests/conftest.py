@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["COLUMNS"] = "110"  # whoever runs the tests, and wherever
 # on a busy machine, threads that spin while they wait for each other take twenty times as long
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -20,6 +21,8 @@ from hypothesis import settings
 # machines are slow and shared, and a test run leaves no files behind
 settings.register_profile("quiet", deadline=None, database=None, max_examples=50)
 settings.load_profile("quiet")
+
+collect_ignore = ["contracts/namespaces.py"]  # a program of its own
 
 _torchvision_operators = []
 

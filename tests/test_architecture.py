@@ -74,15 +74,21 @@ def writes(tree: ast.AST, attribute: str) -> list[int]:
     return found
 
 
+LIGHTNINGS = {"lightning", "pytorch_lightning", "lightning_fabric"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_only_the_callbacks_import_lightning(path: Path) -> None:
+def test_only_one_file_of_the_callbacks_imports_lightning(path: Path) -> None:
+    if name_of(path) != "callbacks/_lightning.py":
+        assert not roots(tree_of(path)) & LIGHTNINGS
     if path.parent.name != "callbacks":
-        assert not roots(tree_of(path)) & {"lightning", "pytorch_lightning", "lightning_fabric"}
+        assert "lightning_utilities" not in roots(tree_of(path))
 
 
-def test_the_callbacks_do_import_lightning() -> None:
-    found = [path for path in SOURCES if "lightning" in roots(tree_of(path))]
-    assert len(found) >= 4
+def test_that_file_does_import_lightning_and_is_used() -> None:
+    assert "lightning" in roots(tree_of(PACKAGE / "callbacks/_lightning.py"))
+    module = "lightning_freeze.callbacks._lightning"
+    assert len([path for path in SOURCES if module in imports(tree_of(path))]) >= 4
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
@@ -203,10 +209,11 @@ def loaded_by(statement: str) -> set[str]:
     return {name.split(".")[0] for name in output.stdout.split()}
 
 
-def test_importing_the_package_loads_no_lightning_transformers_or_matplotlib() -> None:
-    loaded = loaded_by("import lightning_freeze; lightning_freeze.freeze")
+@pytest.mark.parametrize("name", ["freeze", "FreezeBackbone(), lightning_freeze.callbacks"])
+def test_importing_the_package_loads_no_lightning_transformers_or_matplotlib(name: str) -> None:
+    loaded = loaded_by(f"import lightning_freeze; lightning_freeze.{name}")
     assert "torch" in loaded
-    assert not loaded & {"lightning", "pytorch_lightning", "transformers", "matplotlib", "rich"}
+    assert not loaded & {*LIGHTNINGS, "transformers", "matplotlib", "rich"}
 
 
 # lightning can't be imported beside a torchvision that lacks its operators (see conftest.py)
@@ -237,6 +244,7 @@ def test_importing_the_callbacks_loads_nothing_heavy_beside_lightning() -> None:
     alone = loaded_by(LIGHTNING)
     loaded = loaded_by(f"{LIGHTNING}\nfrom lightning_freeze import {names}") - alone
     assert {"lightning_freeze", "xxhash"} <= loaded
+    assert not loaded & LIGHTNINGS
     heavy = {"jsonargparse", "transformers", "timm", "matplotlib", "rich", "yaml", "safetensors"}
     assert not loaded & heavy
 

@@ -308,9 +308,16 @@ def test_ties_between_torch_modules_survive() -> None:
     assert abs(model["embed"].weight.std().item() - 1) < 0.6  # an Embedding's init, as named first
 
 
-def test_a_weight_normed_convolution_is_refused_by_name() -> None:
-    message = r"doesn't write `encoder\.pos_conv_embed\.conv\.parametrizations\.weight\.original0`"
-    assert_refused(TRANSFORMERS["wav2vec2"](), ReinitError, message, "**", seed=11)
+def test_a_weight_normed_convolution_of_a_speech_model_computes_a_fresh_weight() -> None:
+    model = TRANSFORMERS["wav2vec2"]()
+    conv = model.encoder.pos_conv_embed.conv
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.mul_(50)
+    before = conv.weight.detach().clone()
+    names = reinit(model, "encoder.pos_conv_embed", seed=11)
+    assert "encoder.pos_conv_embed.conv.parametrizations.weight.original0" in names
+    assert conv.weight.std() < before.std() / 10
 
 
 class Swapping(nn.Module):

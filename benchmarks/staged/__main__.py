@@ -6,68 +6,48 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
 import sys
-from collections.abc import Callable, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 import benchmarks.staged
+from benchmarks._harness import alone, hushed, show, versions
 from benchmarks.staged import figures
 from benchmarks.staged.contenders import CONTENDERS, KEYS, missing
 from benchmarks.staged.figures import Result
-from benchmarks.staged.fit import alone, fit, quiet, tensors, wire
+from benchmarks.staged.fit import fit
 from benchmarks.staged.settings import LAYERS, PADDINGS, Settings, read
 
-# whose peak is compared to the byte
-EXACT = ("hand", "ours")
 
-
-def measure(
-    settings: Settings,
-    keys: Sequence[str] = KEYS,
-    say: Callable[[str], None] = lambda text: None,
-    after_round: Callable[[Result], None] = lambda result: None,
-) -> Result:
-    """Fit all contenders in turns, once for each seed and repeat."""
-    threads = torch.get_num_threads()
-    settings = dataclasses.replace(settings, threads=settings.threads or threads)
-    torch.set_num_threads(1)  # a process with threads can't be forked
-    try:
-        with quiet():
-            data = read(settings)
-            result = Result(settings, str(data))
-            for contender in CONTENDERS:
-                if contender.key not in keys:
-                    continue
-                if missing(contender):
-                    result.left_out.append(f"{contender.name}: left out, it isn't installed.")
-                    continue
-                result.fits[contender.key] = []
-                result.wires[contender.key] = alone(wire, contender.key, settings, data)
-                if contender.key in EXACT:
-                    result.tensors[contender.key] = alone(tensors, contender.key, settings, data)
-            here = list(result.fits)
-            rounds = settings.seeds * settings.repeats
-            for number in range(rounds):
-                # another one begins each time: drift of the machine favours none
-                turn = number % max(1, len(here))
-                for key in here[turn:] + here[:turn]:
-                    done = alone(fit, key, settings, data, number % settings.seeds)
-                    result.fits[key].append(done)
-                    say(
-                        f"round {number + 1} of {rounds}, {key}: {done.seconds:.1f} s, "
-                        f"{100 * done.accuracy:.1f} %"
-                    )
-                after_round(result)
-    finally:
-        torch.set_num_threads(threads)
+def measure(settings: Settings, keys: Sequence[str], path: Path | None = None) -> Result:
+    """Fit all contenders in turns, once for each seed and repeat, and keep each round."""
+    settings = dataclasses.replace(settings, threads=settings.threads or torch.get_num_threads())
+    with hushed():  # a process with threads can't be forked
+        data = read(settings)
+        result = Result(settings, str(data))
+        for contender in CONTENDERS:
+            if contender.key not in keys:
+                continue
+            if missing(contender):
+                result.left_out.append(f"{contender.name}: left out, it isn't installed.")
+                continue
+            result.fits[contender.key] = []
+        here = list(result.fits)
+        rounds = settings.seeds * settings.repeats
+        for number in range(rounds):
+            # another one begins each time: drift of the machine favours none
+            turn = number % max(1, len(here))
+            for key in here[turn:] + here[:turn]:
+                done = alone(fit, key, settings, data, number % settings.seeds)
+                result.fits[key].append(done)
+                told = f"round {number + 1} of {rounds}, {key}: {done.seconds:.1f} s, "
+                print(f"{told}{100 * done.accuracy:.1f} %", file=sys.stderr, flush=True)
+            if path is not None:
+                told = {"rows": figures.rows(result), "sentences": figures.sentences(result)}
+                content = {**dataclasses.asdict(result), **told, "versions": versions()}
+                path.write_text(json.dumps(content, indent=1, default=str))
     return result
 
 
@@ -79,52 +59,6 @@ def title(result: Result) -> str:
         f"{settings.padding}, AdamW {settings.lr:g}, {settings.threads} threads, "
         f"{settings.seeds * settings.repeats} rounds with {settings.seeds} seeds"
     )
-
-
-def versions() -> str:
-    listed = ("lightning-freeze", "finetuning-scheduler", "lightning", "torch", "transformers")
-    shown = [f"Python {platform.python_version()}"]
-    for name in listed:
-        try:
-            shown.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return ", ".join(shown)
-
-
-def show(result: Result, console: Console) -> None:
-    table = Table(title=title(result), title_justify="left", show_lines=True)
-    for position, head in enumerate(figures.heads()):
-        table.add_column(
-            head,
-            justify="left" if position == 0 else "right",
-        )
-    for row in figures.rows(result):
-        table.add_row(*map(escape, row))
-    console.print(table)
-    for text in [*figures.notes(result), "", *figures.sentences(result), "", versions()]:
-        console.print(escape(text), soft_wrap=True, highlight=False)
-
-
-def markdown(result: Result) -> str:
-    heads = figures.heads()
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *figures.rows(result)]
-    table = "\n".join("| " + " | ".join(line).replace("\n", "<br>") + " |" for line in lines)
-    listed = "\n".join(f"- {text}" for text in figures.sentences(result))
-    told = [title(result), table, "\n".join(figures.notes(result)), listed, versions()]
-    return "\n\n".join(part for part in told if part)
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    found = dataclasses.asdict(result)
-    told = [dict(zip(figures.heads(), row)) for row in figures.rows(result)]
-    return {
-        **found,
-        "rows": told,
-        "notes": figures.notes(result),
-        "sentences": figures.sentences(result),
-        "versions": versions(),
-    }
 
 
 def _freezing(text: str) -> tuple[tuple[int, int], ...]:
@@ -141,9 +75,7 @@ def _freezing(text: str) -> tuple[tuple[int, int], ...]:
     return found
 
 
-def parse(
-    arguments: Sequence[str] | None = None,
-) -> tuple[Settings, argparse.Namespace]:
+def parse(arguments: Sequence[str] | None = None) -> tuple[Settings, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.staged",
         description=str(benchmarks.staged.__doc__).split("\n")[0],
@@ -158,18 +90,13 @@ def parse(
         "width": "hidden size, without the weights",
         "heads": "attention heads, without the weights",
         "vocabulary": "of the model, without the weights",
+        "lr": "of AdamW",
+        "percentile": "of AutoFreeze's rule; a higher one freezes sooner",
     }
     for name, text in texts.items():
         default = getattr(Settings, name)
         option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=default, help=f"{text} ({default})")
-    parser.add_argument("--lr", type=float, default=Settings.lr, help=f"of AdamW ({Settings.lr})")
-    parser.add_argument(
-        "--percentile",
-        type=float,
-        default=Settings.percentile,
-        help=f"of AutoFreeze's rule; a higher one freezes sooner ({Settings.percentile:g})",
-    )
+        parser.add_argument(option, type=type(default), default=default, help=f"{text} ({default})")
     parser.add_argument("--threads", type=int, help="of torch in a fit (torch's own choice)")
     parser.add_argument("--trec", type=Path, help="folder or training file of TREC's questions")
     parser.add_argument("--random", dest="weights", action="store_false", help="random weights")
@@ -194,9 +121,6 @@ def parse(
     given = parser.parse_args(arguments)
     names = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{key: value for key, value in vars(given).items() if key in names})
-    for name in texts:
-        if getattr(settings, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if settings.freeze[-1][0] >= settings.epochs and "freeze" in given.only:
         parser.error(f"--freeze: there are {settings.epochs} epochs, 0 to {settings.epochs - 1}")
     return settings, given
@@ -204,20 +128,9 @@ def parse(
 
 def main(arguments: Sequence[str] | None = None) -> Result:
     settings, given = parse(arguments)
-
-    def keep(result: Result) -> None:
-        if given.json is not None:
-            given.json.write_text(json.dumps(as_json(result), indent=1, default=str))
-
-    result = measure(
-        settings, given.only, lambda text: print(text, file=sys.stderr, flush=True), keep
-    )
-    if given.markdown:
-        print(markdown(result))
-    else:
-        console = Console()
-        console.width = max(console.width, 165)
-        show(result, console)
+    result = measure(settings, given.only, given.json)
+    told = [*figures.notes(result), *figures.sentences(result), versions()]
+    show(title(result), figures.HEADS, figures.rows(result), told, markdown=given.markdown)
     return result
 
 

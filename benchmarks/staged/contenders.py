@@ -176,8 +176,6 @@ class Contender:
     module: type[Classifier]
     callbacks: Callable[[Settings], list[Callback]] = field(repr=False)
     needs: str = ""
-    # what freezes depends on the steps that were made
-    by_step: bool = False
     note: str = ""
 
 
@@ -208,7 +206,6 @@ CONTENDERS = [
         "autofreeze + cache",
         Classifier,
         _autofreeze,
-        by_step=True,
         note="freezes when gradients settle; intervals of a 20th of the run",
     ),
 ]

@@ -1,42 +1,48 @@
-"""One fit, in a process of its own."""
+"""One fit, in a process of its own, and what is measured while it runs."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import multiprocessing
-import os
+import itertools
+import statistics
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import transformers
-from lightning.pytorch import Callback, Trainer
-from torch.profiler import ProfilerActivity, profile
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.staged.contenders import Classifier, find
-from benchmarks.staged.probe import Marks, Peak, Probe, Reduced, peaks_of
-from benchmarks.staged.settings import Data, Settings, accuracy, loader
+from benchmarks._harness import hushed, quiet_trainer
+from benchmarks.staged.contenders import Classifier, blocks, find
+from benchmarks.staged.settings import STAGES, Data, Settings, accuracy, loader
 from lightning_freeze import FrozenFeatureCache
+from lightning_freeze.report.step_cost import step_cost
 
-T = TypeVar("T")
+# the first steps of a stage pay for a transition and for allocations
+SKIPPED = 2
 
 
 @dataclass
 class Fit:
-    """What one fit took and gave; lists have one entry for each third of the run."""
+    """What one fit took and gave; lists have one entry for each third of the run.
+
+    Attributes:
+        updating: seconds in the optimizer's steps, in all.
+        least: share of full fine-tuning's arithmetic that the schedule can't do without.
+        updated: share of its updates.
+        dropout: whether it is left on in a block of which nothing trains.
+    """
 
     key: str
     seed: int
     seconds: float
+    updating: float
     epochs: list[float]
     steps: list[float]
-    peaks: list[int | None]
     optimizer: list[int]
     gradients: list[int]
     trainable: list[int]
@@ -44,52 +50,137 @@ class Fit:
     losses: list[float]
     accuracy: float
     cache: dict[str, Any]
+    least: float
+    updated: float
 
 
-@dataclass
-class Wire:
-    """Bytes a step that one rank hands to all-reduce, and those of gradients that are needed."""
-
-    reduced: list[int]
-    gradients: list[int]
-    find_unused: bool = False
-    error: str = ""
+def nbytes(tensors: Iterable[Any]) -> int:
+    """Of those among some values that are tensors."""
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
 
 
-def alone(function: Callable[..., T], *args: Any) -> T:
-    """Call a function in a fork of this process, which must not have trained anything."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
-            return pool.submit(function, *args).result()
+class Probe(Callback):
+    """Takes times and sizes; last in the list, so that other callbacks' hooks are in them.
+
+    An epoch lasts from the end of the one before: what others do at its start belongs to it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.updating = 0.0
+        self.epochs: list[float] = []
+        self.steps: list[list[float]] = [[] for _ in range(STAGES)]
+        self.trained: list[frozenset[str]] = []
+        self.optimizer: list[int] = []
+        self.gradients: list[int] = []
+        self.trainable: list[int] = []
+        self.dropout: list[bool] = []
+        self._ends: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._began = time.perf_counter()
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        self._updates = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *given: Any) -> None:
+        self._ends.append(time.perf_counter())
+        self.updating += self._ends[-1] - self._updates
+        last = given[-1] + 1 == trainer.num_training_batches
+        if not last or (trainer.current_epoch + 1) % self.settings.epochs_per_stage:
+            return
+        parameters = list(pl_module.parameters())
+        states = [state for o in trainer.optimizers for state in o.state.values()]
+        self.optimizer.append(nbytes(v for state in states for v in state.values()))
+        self.gradients.append(nbytes(p.grad for p in parameters))
+        self.trainable.append(nbytes(p for p in parameters if p.requires_grad))
+        self.dropout.append(dropout_left_on(pl_module))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.epochs.append(time.perf_counter() - self._began)
+        named = pl_module.model.named_parameters()
+        self.trained.append(frozenset(name for name, p in named if p.requires_grad))
+        first = trainer.current_epoch % self.settings.epochs_per_stage == 0
+        kept = self._ends[SKIPPED - 1 if first else 0 :]
+        stage = self.settings.stage(trainer.current_epoch)
+        self.steps[stage] += [after - before for before, after in itertools.pairwise(kept)]
+        self._ends = []
+        self._began = time.perf_counter()
+
+
+def dropout_left_on(module: Any) -> bool:
+    """Whether a block of which nothing trains still draws random numbers."""
+    return any(
+        isinstance(part, nn.Dropout) and part.p > 0 and part.training
+        for block in blocks(module.model)
+        if not any(p.requires_grad for p in block.parameters())
+        for part in block.modules()
+    )
+
+
+def least_work(model: Any, batch: Any, trained: Sequence[frozenset[str]]) -> tuple[float, float]:
+    """The least that a schedule has to compute, as shares of full fine-tuning.
+
+    Frozen layers at the bottom compute in the first epoch in which they are frozen, and are free
+    after it. A backward pass goes as deep as something trains.
+
+    Args:
+        model: the BERT.
+        batch: one to count with.
+        trained: names of what trained in each epoch.
+
+    Returns:
+        The share of FLOPs, and that of elements updated.
+    """
+    inputs = dict(zip(("input_ids", "attention_mask", "labels"), batch))
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    counts = {path.partition(".")[2]: n for path, n in counter.get_flop_counts().items()}
+    paths = {module: path for path, module in model.named_modules()}
+    bottom = []
+    for block in blocks(model):
+        names = {f"{paths[block]}.{name}" for name, _ in block.named_parameters()}
+        bottom.append((sum(counts.get(paths[block], {}).values()), names))
+    stages = list(dict.fromkeys(trained))
+    cost = step_cost(model, stages, inputs)
+    assert cost.full is not None, cost.notes
+    of_stage, work, before = dict(zip(stages, cost.stages)), 0, 0
+    for names in trained:
+        frozen = list(itertools.takewhile(lambda part: not part[1] & names, bottom))  # noqa: B023
+        work += of_stage[names] - sum(flops for flops, _ in frozen[:before])
+        before = len(frozen)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    updates = sum(sizes[name] for names in trained for name in names)
+    return work / cost.full / len(trained), updates / sum(sizes.values()) / len(trained)
 
 
 def fit(key: str, settings: Settings, data: Data, seed: int) -> Fit:
     """Train a contender and measure it."""
     contender = find(key)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+    with hushed(settings.threads), tempfile.TemporaryDirectory() as folder:
         _warm_up(settings, data, seed)
-        peak = Peak()
         module = contender.module(settings.model(data.classes, seed), settings)
         callbacks = contender.callbacks(settings)
-        probe = Probe(settings, peak)
-        trainer = _trainer(settings, [*callbacks, probe], folder)
+        probe = Probe(settings)
+        run = quiet_trainer(
+            [*callbacks, probe],
+            settings.epochs,
+            enable_checkpointing=any("Checkpoint" in type(c).__name__ for c in callbacks),
+            default_root_dir=folder,
+        )
         batches = loader(data, settings, seed)
         torch.manual_seed(seed)
         started = time.perf_counter()
-        trainer.fit(module, batches)
+        run.fit(module, batches)
         seconds = time.perf_counter() - started
         caches = [c.stats.to_dict() for c in callbacks if isinstance(c, FrozenFeatureCache)]
         return Fit(
             key,
             seed,
             seconds,
+            probe.updating,
             probe.epochs,
-            probe.per_step(),
-            probe.peaks,
+            [statistics.median(steps) if steps else float("nan") for steps in probe.steps],
             probe.optimizer,
             probe.gradients,
             probe.trainable,
@@ -97,73 +188,8 @@ def fit(key: str, settings: Settings, data: Data, seed: int) -> Fit:
             [float(loss) for loss in module.losses],
             accuracy(module.model, data),
             caches[0] if caches else {},
+            *least_work(settings.model(data.classes, seed), next(iter(batches)), probe.trained),
         )
-
-
-def wire(key: str, settings: Settings, data: Data) -> Wire:
-    """The same schedule on a few samples under DistributedDataParallel, with one rank.
-
-    With `find_unused_parameters` only where it can't do without.
-    """
-    few = replace(settings, batch=2, samples=4)
-    rows = Data(data.train[:4], data.test[:1], data.classes)
-    contender = find(key)
-    if contender.by_step:
-        return Wire([], [], error="what freezes depends on the steps made")
-    # else Lightning lets each rank have all threads
-    os.environ["OMP_NUM_THREADS"] = "1"
-    errors: list[str] = []
-    for find_unused in (False, True):
-        module = contender.module(settings.model(data.classes, 0), few)
-        counter = Reduced(few)
-        # by name: finetuning-scheduler knows no other way
-        strategy = "ddp_find_unused_parameters_true" if find_unused else "ddp"
-        with quiet(), tempfile.TemporaryDirectory() as folder:
-            trainer = _trainer(few, [*contender.callbacks(few), counter], folder, strategy=strategy)
-            try:
-                trainer.fit(module, loader(rows, few, 0))
-            except Exception as error:  # whatever a library says
-                errors.append(" ".join(str(error).split())[:150])
-            else:
-                return Wire(counter.per_step, counter.gradients, find_unused)
-    return Wire([], [], True, errors[-1])
-
-
-def tensors(key: str, settings: Settings, data: Data) -> list[int]:
-    """Peak of the memory that torch has given to tensors, by third, in a run of two steps an epoch.
-
-    Bytes above those at the start of the fit. Unlike resident memory it doesn't depend on how the
-    system gives memory out; a profile of it is too slow for a run that is timed.
-    """
-    os.environ["KINETO_LOG_LEVEL"] = "99"
-    few = replace(settings, samples=2 * settings.batch)
-    rows = Data(data.train[: few.samples], data.test[:1], data.classes)
-    contender = find(key)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        module = contender.module(settings.model(data.classes, 0), few)
-        trainer = _trainer(few, [*contender.callbacks(few), Marks(few)], folder)
-        batches = loader(rows, few, 0)
-        torch.manual_seed(0)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-            trainer.fit(module, batches)
-        return peaks_of(found.profiler.kineto_results.events())
-
-
-def _trainer(settings: Settings, callbacks: list[Callback], folder: str, **options: Any) -> Trainer:
-    checkpoints = any("Checkpoint" in type(callback).__name__ for callback in callbacks)
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=settings.epochs,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=checkpoints,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        **options,
-    )
 
 
 def _warm_up(settings: Settings, data: Data, seed: int) -> None:
@@ -173,22 +199,3 @@ def _warm_up(settings: Settings, data: Data, seed: int) -> None:
     batch = next(iter(loader(data, settings, seed)))
     module.training_step(batch, 0).backward()
     optimizer.step()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the libraries' own messages."""
-    names = ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)

@@ -13,6 +13,7 @@ from typing import Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze import accelerator
 from lightning_freeze.digests import SIZE, dense, digests
@@ -37,6 +38,7 @@ class Baseline:
         "_addresses",
         "_digests",
         "_forms",
+        "_lazy",
         "_on_device",
         "_places",
         "_position",
@@ -53,6 +55,7 @@ class Baseline:
         self._digests = bytearray()
         self._addresses = array("Q")
         self._forms: list[Form] = []
+        self._lazy: set[int] = set()
         self._on_device: set[int] = set()
         self._position: dict[str, int] | None = None
 
@@ -96,6 +99,8 @@ class Baseline:
             known = old.get(name)
             if known is None or not _same(before._places[known], self._places[position]):
                 continue
+            if known in before._lazy:
+                continue
             kept.add(position)
             self.since[position] = before.since[known]
             self.versions[position] = before.versions[known]
@@ -108,6 +113,9 @@ class Baseline:
 
     def renew(self, positions: Iterable[int], now: Moment) -> None:
         """Take some of the tensors down as they are now."""
+        positions = list(positions)
+        self._lazy.difference_update(positions)
+        self._lazy.update(p for p in positions if self._is_lazy(p))
         pairs = self._present(positions)
         same: dict[Form, Form] = {}
         for position, tensor in pairs:
@@ -122,8 +130,19 @@ class Baseline:
         for (position, _), value in zip(pairs, self._tokens(pairs)):
             self._digests[position * SIZE : (position + 1) * SIZE] = value
 
+    def _is_lazy(self, position: int) -> bool:
+        tensor = self.tensor(position)
+        return tensor is not None and is_lazy(tensor)
+
+    def settle(self) -> bool:
+        """Take down what a lazy layer has made since it was looked at; whether there is any."""
+        made = [position for position in self._lazy if not self._is_lazy(position)]
+        for position in made:
+            self.renew([position], self.since[position])
+        return bool(made)
+
     def _present(self, positions: Iterable[int]) -> list[tuple[int, Tensor]]:
-        pairs = [(position, self.tensor(position)) for position in positions]
+        pairs = [(p, self.tensor(p)) for p in positions if p not in self._lazy]
         return [(position, tensor) for position, tensor in pairs if tensor is not None]
 
     def tensor(self, position: int) -> Tensor | None:
@@ -153,8 +172,8 @@ class Baseline:
 
     def read(self, position: int) -> bytes:
         """What a tensor's digest is now; empty for a buffer that is gone."""
-        tensor = self.tensor(position)
-        return b"" if tensor is None else self._tokens([(position, tensor)])[0]
+        pairs = self._present([position])
+        return self._tokens(pairs)[0] if pairs else b""
 
     def address(self, position: int) -> int:
         """Where in memory a tensor was."""
@@ -183,6 +202,7 @@ class Baseline:
 
     def fingerprints(self) -> list[str]:
         """The canonical fingerprint of each; what is on an accelerator is read anew."""
+        self.settle()
         away = sorted(self._on_device)
         tensors = [self.tensor(position) for position in away]
         known = digests([t for t in tensors if t is not None], lambda p: self.names[away[p]])
@@ -191,8 +211,9 @@ class Baseline:
 
     def changed(self, positions: Iterable[int] | None = None) -> list[int]:
         """Positions of the tensors whose dtype, shape or bytes aren't what they were."""
+        self.settle()
         if positions is not None:
-            asked = list(positions)
+            asked = [position for position in positions if position not in self._lazy]
             pairs = self._present(asked)
             tokens = self._tokens(pairs)
             other = {p for (p, _), value in zip(pairs, tokens) if value != self.digest(p)}
@@ -204,7 +225,7 @@ class Baseline:
                 _buffer(*place) if type(place) is tuple else place
                 for place in self._places[block.start : block.stop]
             ]
-            if self._on_device or any(tensor is None for tensor in tensors):
+            if self._on_device or self._lazy or any(tensor is None for tensor in tensors):
                 found += self.changed(block)
                 continue
             name = partial(self._name, block.start)
@@ -248,7 +269,10 @@ def _blocks(size: int, of: int = 1024) -> Iterator[range]:
 
 
 def _buffer(module: nn.Module, key: str) -> Tensor | None:
-    found = module._buffers.get(key)
+    try:
+        found = module._buffers[key]  # TorchScript's dictionary has no `get`
+    except KeyError:
+        return None
     return found if isinstance(found, Tensor) else None
 
 

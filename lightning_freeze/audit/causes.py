@@ -297,7 +297,7 @@ def _batch_norm(module: nn.Module, name: str, baseline: Baseline, scene: Scene) 
     # by the baseline, not by what a slice has just shown
     counter = f"{inside}num_batches_tracked"
     took_in = module.training if counted is None else baseline.differs(counter)
-    own = any(baseline.differs(f"{inside}{key}") for key in module._parameters)
+    own = any(baseline.differs(f"{inside}{key}") for key, _ in module._parameters.items())
     write = scene.trace.writes.get(name) if scene.trace else None
     flip = scene.trace.modes.get(path) if scene.trace else None
     elsewhere = write is not None and (write.after, write.before) in _NO_FORWARD and flip is None

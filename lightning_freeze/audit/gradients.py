@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze.model.index import Members, ModelIndex
+from lightning_freeze.model.index import ModelIndex, clean
 
 Why = tuple[str, str]
 
@@ -184,16 +184,17 @@ class Probe:
             if parameter.requires_grad:
                 register: Any = parameter.register_post_accumulate_grad_hook
                 self._handles.append(register(partial(self._arrive, name)))
-        everything = Members.of(index.modules[""])
-        pairs = zip(everything.paths, everything.modules)
-        compiled = [path for path, module in pairs if _is_compiled(module)]
+        everything = index.modules[""].named_modules(remove_duplicate=False)
+        compiled = [clean(path) for path, module in everything if _is_compiled(module)]
         for path in dict.fromkeys(index.owner(name) for name in names):
             around = [c for c in compiled if not c or path == c or path.startswith(c + ".")]
             if around:  # a hook would break its graph
                 self._compiled.add(path)
                 continue
             calls = self._calls[path] = _Calls()
-            self._handles.append(index.modules[path].register_forward_hook(_noting(calls)))
+            module = index.modules[index.called(path)]
+            # by the class: TorchScript's modules run hooks, but have no method that takes one
+            self._handles.append(nn.Module.register_forward_hook(module, _noting(calls)))
 
     def _arrive(self, name: str, _: Tensor) -> None:
         self._arrived.add(name)

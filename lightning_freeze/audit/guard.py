@@ -27,7 +27,7 @@ from lightning_freeze.audit.unfrozen import left_out
 from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.engine.optimizers import ids_held, listed
 from lightning_freeze.errors import ArgumentError, FrozenWeightsChanged
-from lightning_freeze.model.index import ModelIndex, some
+from lightning_freeze.model.index import ModelIndex, shape_of, some
 from lightning_freeze.model.selectors import Selectors
 from lightning_freeze.report.summary import groups_or_children
 
@@ -79,6 +79,7 @@ if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
 
     def before(optimizer: Optimizer, *_: Any) -> None:
         optimizers[id(optimizer)] = optimizer
+        ledger.baseline.settle()
         trace.before_update(optimizer, (0, steps))
 
     def after(optimizer: Optimizer, *_: Any) -> None:
@@ -114,8 +115,8 @@ def _warn_of_another(index: ModelIndex, optimizers: Iterable[Optimizer]) -> None
     held = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     if not held or any(id(p) in index.name_of for p in held):
         return
-    trainable = {p.shape for p in index.parameters.values() if p.requires_grad}
-    if trainable and trainable <= {p.shape for p in held}:
+    trainable = {shape_of(p) for p in index.parameters.values() if p.requires_grad}
+    if trainable and trainable <= set(map(shape_of, held)):
         warnings.warn(
             "`assert_frozen` watched a model that no optimizer of the block trains; they step "
             "another one with the same shapes. Give it the model that is trained, such as "

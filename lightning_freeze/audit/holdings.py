@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze.audit.findings import Seen
-from lightning_freeze.model.index import ModelIndex, some
+from lightning_freeze.model.index import ModelIndex, shape_of, some
 from lightning_freeze.model.layer_groups import LayerGroup
 
 
@@ -119,7 +119,7 @@ def _why_missing(
             "It is another Parameter than when the fit began: optimizers were given the old one.",
             "Replace or resize before the fit, so that `configure_optimizers` sees it.",
         )
-    orphan = orphans.get(tuple(index.parameters[name].shape))
+    orphan = orphans.get(shape_of(index.parameters[name]))
     if orphan is not None:
         kind, on_meta = orphan
         what = "one on the meta device" if on_meta else "another"
@@ -158,7 +158,7 @@ def _orphans(
 ) -> dict[tuple[int, ...], tuple[str, bool]]:
     """Shape of what an optimizer holds and the model doesn't have -> class, whether on meta."""
     return {
-        tuple(parameter.shape): (type(optimizer).__name__, parameter.device.type == "meta")
+        shape_of(parameter): (type(optimizer).__name__, parameter.device.type == "meta")
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]

@@ -6,9 +6,10 @@ from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
-from lightning_freeze.engine.flags import is_batch_norm
+from lightning_freeze.engine.flags import graph_of, is_batch_norm
 
 _DROPPING = (nn.MultiheadAttention, nn.RNNBase)
 
@@ -16,7 +17,8 @@ _DROPPING = (nn.MultiheadAttention, nn.RNNBase)
 def minds_its_mode(module: nn.Module) -> bool:
     """Whether a module itself, apart from what it holds, may behave otherwise in eval mode.
 
-    Of torch's modules it is known; another one may if any of its methods reads `training`.
+    Of torch's modules it is known; another one may if any of its methods, or its TorchScript
+    graph, reads `training`.
 
     >>> minds_its_mode(nn.Linear(2, 2)), minds_its_mode(nn.Dropout(0.0)), minds_its_mode(nn.RReLU())
     (False, False, True)
@@ -27,6 +29,8 @@ def minds_its_mode(module: nn.Module) -> bool:
         return bool(module.dropout)
     if is_batch_norm(module) or isinstance(module, nn.modules.instancenorm._InstanceNorm):
         return getattr(module, "running_mean", None) is not None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "training" in str(graph_of(module))
     # hooks: spectral norm of the older kind
     kind: Any = type(module)
     return bool(module._forward_pre_hooks) or _reads_training(kind)

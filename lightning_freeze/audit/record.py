@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Union
 
+from torch.nn.parameter import is_lazy
+
 from lightning_freeze.audit.findings import CHANGED, Finding
 from lightning_freeze.audit.run import AuditRun
 from lightning_freeze.checkpoints.certificate import Certificate, Certified
@@ -34,6 +36,7 @@ class Record:
         fresh: names of what was re-initialised before the fit.
         ignored: number of tensors of which nothing is said, because the user asked for it.
         cache: what a cache of frozen features did; None without one.
+        unreached: names that a schedule was to train, and that never trained.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -49,6 +52,7 @@ class Record:
     fresh: frozenset[str] = frozenset()
     ignored: int = 0
     cache: Mapping[str, Any] | None = None
+    unreached: tuple[str, ...] = ()
 
     def count_check(self) -> None:
         """Everything has been compared once more."""
@@ -145,8 +149,15 @@ class Record:
         return (
             f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit at "
             f"each of them ({len(self.frozen) or 'no'} tensors are frozen at the end); "
-            f"{self.alive} trainable tensors had gradients.{self._spared}"
+            f"{self.alive} trainable tensors had gradients.{self._spared}{self._late}"
         )
+
+    @property
+    def _late(self) -> str:
+        if not self.unreached:
+            return ""
+        more = f" and {len(self.unreached) - 1} more" if self.unreached[1:] else ""
+        return f" Scheduled, and never trained in this fit: `{self.unreached[0]}`{more}."
 
     @property
     def _spared(self) -> str:
@@ -161,7 +172,8 @@ class Record:
         frozen = {}
         for position, (name, digest) in enumerate(self.frozen.items()):
             tensor = baseline.tensor(position)
-            if tensor is None or hasattr(tensor, "to_local"):  # a shard isn't the tensor
+            # a shard isn't the tensor, and a lazy one has no bytes
+            if tensor is None or hasattr(tensor, "to_local") or is_lazy(tensor):
                 continue
             epoch, step = baseline.since[position]
             frozen[name] = Certified(

@@ -174,8 +174,9 @@ class AuditRun:
             if name not in self.ledger.declared.frozen
             and name not in self.ledger.declared.ignored
             and id(parameter) in held
-            and not is_lazy(parameter)
         }
+        self._unmade = [parameter for parameter in trains.values() if is_lazy(parameter)]
+        trains = {name: parameter for name, parameter in trains.items() if not is_lazy(parameter)}
         self.watch.arm(trains)
         self._movement.arm(trains, now)
 
@@ -209,10 +210,14 @@ class AuditRun:
         params = (p for group in optimizer.param_groups for p in group["params"])
         self._without = None if any(p.grad is not None for p in params) else optimizer
         self._idle = 0
+        if not all(map(is_lazy, self._unmade)):
+            self._arm(now)  # the first input has made lazy layers
         self._movement.step(optimizer)
         dead = self.watch.before_step(optimizer)
         if dead:
             self._tell_of_dead(dead)
+        if self.ledger.baseline.settle():
+            self._begin(looks.UPDATE, now, again=True)
         self._trace.before_update(optimizer, now)
 
     def update_ends(self, optimizer: Optimizer, now: Moment) -> None:

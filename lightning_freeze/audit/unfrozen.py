@@ -15,7 +15,7 @@ from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.gradients import Why
 from lightning_freeze.audit.numbers import all_zero, local
 from lightning_freeze.errors import DiscoveryError
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, shape_of
 from lightning_freeze.model.layer_groups import LayerGroup, discover
 
 # a learning rate below this share of the scheduler's full one may be lost in rounding
@@ -307,7 +307,7 @@ def left_out(
     meant: set[str] = set()
     for group in groups:
         if not out.issuperset(group.parameters):
-            vectors = (n for n in group.parameters if index.parameters[n].ndim < 2)
+            vectors = (n for n in group.parameters if len(shape_of(index.parameters[n])) < 2)
             meant.update(out.intersection(vectors))
     if managed:
         return frozenset(meant)

@@ -15,9 +15,10 @@ from lightning_freeze.cache.calls import foreign_hooks
 from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.replay import Entry
 from lightning_freeze.digests import dense, digests
+from lightning_freeze.engine.flags import NOTES
 
 # what every module has; `_modules` and the tables of tensors are compared one by one
-_TABLES = frozenset(vars(nn.Module())) | {"training", "forward"}
+_TABLES = frozenset(vars(nn.Module())) | {"training", "forward"} | NOTES
 _CONTAINERS = (list, tuple, dict, set)
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _TRAINING = attrgetter("training")

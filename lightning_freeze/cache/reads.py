@@ -10,7 +10,7 @@ from typing import Any
 
 _NAMED = frozenset(dis.hasname)
 # what `log` and its like read is the state of the fit
-_FRAMEWORKS = ("lightning", "pytorch_lightning")
+_FRAMEWORKS = ("lightning", "pytorch_lightning", "lightning_fabric")
 
 
 @cache

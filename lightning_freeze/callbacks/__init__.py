@@ -1,4 +1,4 @@
-"""The callbacks; the only place that imports lightning."""
+"""The callbacks; the only place that knows Lightning."""
 
 from lightning_freeze.callbacks.freeze_backbone import FreezeBackbone
 from lightning_freeze.callbacks.frozen_feature_cache import FrozenFeatureCache

@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager
 from operator import attrgetter
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_freeze.cache.calls import Node, Prefix, find_prefix, is_compiled, traced
@@ -15,6 +13,7 @@ from lightning_freeze.cache.prefix_cache import PrefixCache
 from lightning_freeze.cache.reads import names_read
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import RowStore
+from lightning_freeze.callbacks._lightning import LightningModule, Trainer, is_a, rank_zero_warn
 from lightning_freeze.callbacks._sharded import restores_late
 from lightning_freeze.callbacks.fit_state import fit_state_of
 from lightning_freeze.engine.sharded import is_sharded
@@ -41,7 +40,7 @@ def _reads_clock(prefix: Prefix) -> str:
     """Why the frozen part may give something else at another step; "" where it doesn't."""
     for module in dict.fromkeys((*prefix.around, *prefix.skipped)):
         kind: Any = type(module)
-        read = sorted(names_read(kind) & _CLOCK) if isinstance(module, LightningModule) else []
+        read = sorted(names_read(kind) & _CLOCK) if is_a(module, "LightningModule") else []
         if read:
             return (
                 f"`{kind.__name__}.forward` reads `{read[0]}`, which its frozen part may depend on "

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-from torch import nn
-from torch.nn.parameter import is_lazy
-
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._loggers import Loggers
 from lightning_freeze.callbacks.fit_state import FitState
 from lightning_freeze.checkpoints.origin.find import find_origins
 from lightning_freeze.checkpoints.origin.frozen import never_learns
 from lightning_freeze.checkpoints.origin.states import Origins
+from lightning_freeze.model.index import size_of
 from lightning_freeze.report.labels import unique
 from lightning_freeze.report.summary import Summary, rows_of
 from lightning_freeze.report.timeline import Moment
@@ -138,14 +136,9 @@ class Chronicle:
 def _trains(run: AuditRun) -> int:
     """Number of elements that train."""
     frozen, parameters = run.ledger.declared.frozen, run.ledger.index.parameters
-    return sum(_elements(p) for name, p in parameters.items() if name not in frozen)
+    return sum(size_of(p) for name, p in parameters.items() if name not in frozen)
 
 
 def _size(run: AuditRun) -> int:
     """Number of elements in all."""
-    return sum(map(_elements, run.ledger.index.parameters.values()))
-
-
-def _elements(parameter: nn.Parameter) -> int:
-    """A lazy layer that has seen no input has none yet."""
-    return 0 if is_lazy(parameter) else parameter.numel()
+    return sum(map(size_of, run.ledger.index.parameters.values()))

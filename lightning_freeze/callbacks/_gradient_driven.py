@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_freeze.callbacks._lightning import LightningModule, Trainer, rank_zero_warn
 from lightning_freeze.callbacks.base import FreezingCallback
 from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.engine.gradient_norms import GradientNorms

@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection
 
-from lightning.pytorch import Trainer
-
 from lightning_freeze.audit.findings import Finding, Seen, error_for
 from lightning_freeze.audit.ranks import check_ranks, digests_of
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.engine.distributed import from_all_ranks, known_to_all, rank
 

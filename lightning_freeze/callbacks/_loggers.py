@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lightning_freeze.callbacks._lightning import Trainer, is_a, rank_zero_warn
 from lightning_freeze.report.transitions import Transition
 
 _TAG = "freeze/transitions"
@@ -49,7 +47,7 @@ class Loggers:
         """
         step = logged_step(trainer)
         for logger in self._willing(trainer):
-            if _is(logger, "TensorBoardLogger"):
+            if is_a(logger, "TensorBoardLogger"):
                 self._try(logger, "experiment.add_text", _TAG, changes[-1].to_text(total), step)
         self._behind = len(changes) > _AT_ONCE
         if not self._behind:
@@ -64,10 +62,10 @@ class Loggers:
     def _list(self, trainer: Trainer, changes: Sequence[Transition], total: int) -> None:
         sentences = [change.to_text(total) for change in changes]
         for logger in self._willing(trainer):
-            if _is(logger, "WandbLogger"):
+            if is_a(logger, "WandbLogger"):
                 rows = [[c.epoch, c.step, text] for c, text in zip(changes, sentences)]
                 self._try(logger, "log_text", _TAG, ["epoch", "step", "transition"], rows)
-            elif _is(logger, "MLFlowLogger"):
+            elif is_a(logger, "MLFlowLogger"):
                 self._try(_Run(logger), "write", sentences)
 
     @staticmethod
@@ -114,8 +112,3 @@ def logged_step(trainer: Trainer) -> int:
     """
     loop = getattr(trainer.fit_loop, "epoch_loop", None)
     return int(getattr(loop, "_batches_that_stepped", trainer.global_step))
-
-
-def _is(logger: Any, name: str) -> bool:
-    """Whether a logger is of a class, from `lightning` or `pytorch_lightning`, or made of it."""
-    return any(kind.__name__ == name for kind in type(logger).__mro__)

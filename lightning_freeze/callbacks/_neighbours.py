@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.scene import Average
+from lightning_freeze.callbacks._lightning import Callback, Trainer
 from lightning_freeze.callbacks.fit_state import callbacks_of
 
 # the hook in which each look is taken
@@ -96,11 +96,9 @@ def _overriding(owners: list[Any], hook: str) -> Iterator[str]:
         if hook and hook in vars(owner):  # as `LambdaCallback` has them
             yield f"{kind.__name__}.{hook}"
             continue
-        base = LightningModule if isinstance(owner, LightningModule) else Callback
         for definer in kind.__mro__:
             if hook and hook in vars(definer):
-                library = definer.__module__.split(".")[0]
-                if definer is not base and library not in _LIBRARIES:
+                if definer.__module__.split(".")[0] not in _LIBRARIES:
                     yield f"{kind.__name__}.{hook}"
                 break
 

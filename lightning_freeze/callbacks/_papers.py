@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lightning_freeze.audit.record import Record
 from lightning_freeze.audit.run import AuditRun
+from lightning_freeze.callbacks._lightning import Trainer, is_a, rank_zero_warn
 from lightning_freeze.callbacks.frozen_feature_cache import FrozenFeatureCache
 from lightning_freeze.checkpoints.files import write_json
 from lightning_freeze.errors import ArgumentError
@@ -42,7 +39,7 @@ class Papers:
 
     def write(self, trainer: Trainer, run: AuditRun) -> None:
         """Write report and certificate."""
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[union-attr]
         for cache in (one for one in callbacks if isinstance(one, FrozenFeatureCache)):
             self._record.cache = cache.stats.to_dict()
         if self._report is not None and trainer.is_global_zero:
@@ -61,9 +58,7 @@ class Papers:
         if isinstance(self._certificate, Path):
             return self._certificate
         # what saves once after an error is one of them, too
-        savers = sorted(
-            trainer.checkpoint_callbacks, key=lambda s: not isinstance(s, ModelCheckpoint)
-        )
+        savers = sorted(trainer.checkpoint_callbacks, key=lambda s: not is_a(s, "ModelCheckpoint"))
         folder = getattr(savers[0], "dirpath", None) if savers else None
         if not self._certificate or not folder or "://" in str(folder):
             return None

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 import xxhash
-from lightning.fabric.utilities.load import _METADATA_FILENAME
-from lightning.pytorch import Trainer
 
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.digests import digests
 from lightning_freeze.engine.distributed import from_all_ranks, together
 from lightning_freeze.engine.optimizers import OptimizerGroups
@@ -30,7 +29,7 @@ def restores_late(trainer: Trainer) -> bool:
 def metadata_of(path: Any, **how: Any) -> Mapping[str, Any]:
     """What a checkpoint, a file or a folder of shards, holds beside weights: callbacks, clock."""
     place = Path(path)
-    file = place / _METADATA_FILENAME if place.is_dir() else place
+    file = place / "meta.pt" if place.is_dir() else place
     content: Mapping[str, Any] = torch.load(
         file, map_location="cpu", mmap=True, weights_only=how.get("weights_only")
     )

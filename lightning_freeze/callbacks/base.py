@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-
 from lightning_freeze.callbacks._copies import forget_model, own_state
+from lightning_freeze.callbacks._lightning import Callback, LightningModule, Trainer, is_fitting
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, restores_late
 from lightning_freeze.callbacks.fit_state import (
     FitState,
@@ -49,7 +47,7 @@ class FreezingCallback(Freezing):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the arguments against the model; nothing freezes yet."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             self._loaded, self._saved = None, {}
             self._fit = enter(trainer, pl_module, self)
 
@@ -57,7 +55,7 @@ class FreezingCallback(Freezing):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: find the state that this callback saved."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             with together():
                 self._take_up(trainer, checkpoint)
 
@@ -94,7 +92,7 @@ class FreezingCallback(Freezing):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take what is frozen out of the optimizers again, after a resume."""
         if self._fit is not None:
-            self._fit.restored()
+            self._fit.train_starts(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Unfreeze what is due."""
@@ -112,9 +110,16 @@ class FreezingCallback(Freezing):
         """The stage that the optimizer state in the same checkpoint belongs to."""
         return dict(self._saved) if self._fit is None else self._fit.state(self)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take what is frozen out of the optimizers again: their state is in the checkpoint."""
+        if self._fit is not None:
+            self._fit.settle()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave no trace: the optimizers' lists are whole, and modes what they were."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             self._leave()
 
     def on_exception(

@@ -11,13 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
-
-from lightning_freeze.callbacks._precision import check_scaler, scales
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    check_namespaces,
+    is_overridden,
+    rank_zero_warn,
+)
 from lightning_freeze.callbacks._sharded import ShardedCheckpoints, made_apart
-from lightning_freeze.callbacks._useless import warn_blocked, warn_frozen, warn_random
+from lightning_freeze.callbacks._useless import (
+    warn_blocked,
+    warn_frozen,
+    warn_left_out,
+    warn_random,
+    warn_unreached,
+    warn_unreached_by_batches,
+)
 from lightning_freeze.engine import flags
 from lightning_freeze.engine.distributed import (
     agree,
@@ -96,13 +106,13 @@ class FitState:
         self._before: frozenset[str] = frozenset()
         self._resumed: dict[Any, int] = {}  # the stages of callbacks with the same arguments
         self._trained_before: frozenset[str] = frozenset()
+        self._trained: frozenset[str] = frozenset()
         self._saved_clock: tuple[int, int] | None = None
-        self._wrapped_with: Mapping[str, bool] = {}
-        self._first_trained: bytes | None = None
+        self._wrapped_with: frozenset[str] = frozenset()
         self._snapshot: flags.Snapshot | None = None
         self._prepared: ModelIndex | None = None
-        self._settled = False
         self._agreed = -1
+        self._told_unreached = False
         self._first_step: int | None = -1  # None once the optimizers' hooks were seen to run
 
     def __reduce__(self) -> Any:
@@ -133,7 +143,9 @@ class FitState:
             if not self.late:
                 raise
             deferred = True
-        warn_blocked({label(cb): s for cb, s in asked.items()}, self._before)
+        told = {label(cb): s for cb, s in asked.items()}
+        warn_blocked(told, self._before)
+        warn_unreached(trainer, told)
         if trainer.ckpt_path is None:
             warn_random(self.schedules, index)
         self._snapshot = flags.Snapshot.of(index)
@@ -141,24 +153,15 @@ class FitState:
             flags.release(index, _claimed(asked))
         self.tied = index.aliases
         self.apart = made_apart(trainer, index)
-        self._wrapped_with = {name: p.requires_grad for name, p in index.parameters.items()}
+        self._wrapped_with = frozenset(n for n, p in index.parameters.items() if p.requires_grad)
 
     @property
     def wrapped_with(self) -> frozenset[str]:
         """What required a gradient when the model was wrapped for several ranks."""
         assert self.index is not None
-        names = self.index.parameters
-        if self.managed or self._first_trained is None:  # it was wrapped anew, or came later
-            return frozenset(n for n, p in names.items() if p.requires_grad)
-        return frozenset(name for name, flag in zip(names, self._first_trained) if flag)
-
-    def _settle(self) -> None:
-        """Once the fit can't fail to start any more: keep nothing that isn't needed."""
-        assert self.index is not None
-        if self.index.parameters.keys() == self._wrapped_with.keys():
-            self._first_trained = bytes(self._wrapped_with[name] for name in self.index.parameters)
-        self._wrapped_with = {}
-        self._settled = True
+        if self.late or self.managed:  # it came later, or was wrapped anew
+            return frozenset(n for n, p in self.index.parameters.items() if p.requires_grad)
+        return self._wrapped_with
 
     def undo(self) -> None:
         """The fit can't start: flags and modes as they were before `setup`."""
@@ -207,22 +210,21 @@ class FitState:
                 agree(self._history(claimed), "is under no freezing callback")
             if not self.managed:
                 self.plan = FreezePlan(frozen=self._before)
-                self._settle()
                 return
             check_supported(trainer.strategy)
             flags.release(self.index, claimed & self._before)
             factors = self._merged(dict.fromkeys(self.schedules, 0)).lr_scale
             self.groups = OptimizerGroups(self.index, trainer.optimizers, factors)
+            warn_left_out({label(cb): s for cb, s in self.schedules.items()}, self.groups.held)
             never = (self._before - claimed).union(*(s.never for s in self.schedules.values()))
             modes = any(schedule.eval_mode for schedule in self.schedules.values())
             self.applier = flags.Applier(self.index, self.groups.held - never if modes else ())
-            if scales(trainer):
+            if getattr(trainer.precision_plugin, "scaler", None) is not None:
                 for stages in self._ahead():
-                    check_scaler(self.groups, self._merged(stages).frozen)
+                    self.groups.check_scaler(self._merged(stages).frozen)
             self.resume(trainer, resumed)
             if trainer.ckpt_path is not None:
                 self.groups.make_whole()  # optimizer state is loaded next
-            self._settle()
         except BaseException:
             self.undo()
             raise
@@ -268,16 +270,13 @@ class FitState:
             if isinstance(state, dict) and "stage" in state:
                 self._trained_before = frozenset(state.get("trains", ()))
 
-    def restored(self) -> None:
-        """In `on_train_start`: optimizer state has been loaded."""
+    def settle(self) -> None:
+        """Once optimizer state has been saved or loaded: no list holds what is frozen."""
         if self.groups is not None:
             self.groups.settle()
 
     def tick(self, trainer: Trainer) -> None:
         """Bring the plan up to the trainer's clock, and frozen modules back to eval mode."""
-        if self._settled and self.index is not None:
-            self.index.forget()  # by now all that asks much of it has asked
-            self._settled = False
         if self.applier is None or self.groups is None:
             return
         epoch, step = trainer.current_epoch, trainer.global_step
@@ -319,6 +318,22 @@ class FitState:
                 "step hooks. Something calls `step` of another object, or a `step` that was set on "
                 "the optimizer itself. Call `optimizer.step()`, or leave the factors at 1.0."
             )
+
+    def train_starts(self, trainer: Trainer) -> None:
+        """In `on_train_start`: optimizer state is loaded, and an epoch's batches are known."""
+        self.settle()
+        if self.managed and not self._told_unreached:
+            self._told_unreached = True
+            told = {label(cb): s for cb, s in self.schedules.items()}
+            warn_unreached_by_batches(trainer, told)
+
+    def never_trained(self) -> tuple[str, ...]:
+        """Names that a schedule was to train, and that haven't trained so far."""
+        schedules = [schedule for schedule in self.schedules.values() if not schedule.endless]
+        ever = frozenset[str]().union(*(schedule.ever for schedule in schedules))
+        never = frozenset[str]().union(*(s.never for s in self.schedules.values()))
+        names = () if self.index is None else self.index.parameters
+        return tuple(n for n in names if n in ever - never - self._trained - self._before)
 
     def upcoming(self) -> Iterator[frozenset[str]]:
         """What will be frozen in each of the stages to come, soonest first, one at a time."""
@@ -379,7 +394,7 @@ class FitState:
             saved, stage = self._resumed.get(callback), stages[callback]
             again = self._trained_before & schedule.plan(stage).frozen
             back = saved is not None and stage < saved
-            if not (back if schedule.refreezes else again):
+            if not back and (schedule.refreezes or not again):
                 continue
             what = f"freeze {len(again)} parameters again, such as `{min(again, default='')}`"
             raise ResumeError(
@@ -400,8 +415,10 @@ class FitState:
         assert self.groups is not None
         for listener in self.listeners:
             listener(self, "before")
+        assert self.index is not None
         self.stages = stages
         self.plan = self._merged(stages)
+        self._trained |= self._trained_before.union(self.plan.trainable(self.index.parameters))
         with together():
             changed = self.applier.apply(self.plan)
             self.groups.sync(self.plan.frozen)
@@ -453,6 +470,7 @@ def enter(trainer: Trainer, module: LightningModule, callback: Callback) -> FitS
         last, state = state, FitState()
         state.entered_last = set() if last is None else last.entered
         with together():
+            check_namespaces(trainer)
             agree_on_callbacks(_talk(trainer))
             state.prepare(trainer, module)
         vars(trainer)[_HELD_AS] = state

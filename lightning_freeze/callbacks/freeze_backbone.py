@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_freeze.arguments import call_of, positive, whole
+from lightning_freeze.callbacks._lightning import (
+    LightningModule,
+    Trainer,
+    is_fitting,
+    rank_zero_warn,
+)
 from lightning_freeze.callbacks.base import FreezingCallback, key_of
 from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.errors import ArgumentError, ConflictError
@@ -109,7 +112,7 @@ class FreezeBackbone(FreezingCallback):
         """Check the arguments against the model; nothing freezes yet."""
         super().setup(trainer, pl_module, stage)
         schedule = self._fit.schedules.get(self) if self._fit is not None else None
-        if trainer.state.fn == TrainerFn.FITTING and schedule is not None and self.trainable:
+        if is_fitting(trainer) and schedule is not None and self.trainable:
             first = schedule.trainable(0)
             if not first:
                 rank_zero_warn(

@@ -5,13 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-
 from lightning_freeze.cache.stats import CacheStats
 from lightning_freeze.cache.store import STORES, RowStore, as_bytes, dtype_of
-from lightning_freeze.callbacks._copies import own_state
+from lightning_freeze.callbacks._copies import forget_model, own_state
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_fitting,
+    rank_zero_info,
+    rank_zero_warn,
+)
 from lightning_freeze.callbacks.fit_state import fit_state_of
 from lightning_freeze.errors import ArgumentError
 
@@ -131,7 +135,7 @@ class FrozenFeatureCache(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Samples of the validation set come back, too."""
-        if self._run is not None and trainer.state.fn == TrainerFn.FITTING:
+        if self._run is not None and is_fitting(trainer):
             self._run.begin(may_plan=False, first=batch_idx == 0)
 
     def on_validation_batch_end(
@@ -176,9 +180,13 @@ class FrozenFeatureCache(Callback):
             self._run.stop()
             self._run = None
 
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep nothing of the model."""
+        forget_model(self)
+
 
 def _callbacks_of(trainer: Trainer) -> list[Callback]:
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[union-attr]
     return callbacks
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Union
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.arguments import call_of, one_of, whole
 from lightning_freeze.callbacks._gradient_driven import GradientDriven
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._written import Schedule, as_configured
 from lightning_freeze.callbacks.base import key_of
 from lightning_freeze.errors import ArgumentError, DiscoveryError

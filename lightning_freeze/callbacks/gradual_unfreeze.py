@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Union
 
-from lightning.pytorch import Trainer
 from torch import nn
 
 from lightning_freeze.arguments import call_of, one_of, positive, whole
-from lightning_freeze.callbacks._metric import check_can_be_logged
-from lightning_freeze.callbacks._metric_driven import MetricDriven
+from lightning_freeze.callbacks._lightning import Trainer
 from lightning_freeze.callbacks._written import Schedule, as_configured
 from lightning_freeze.callbacks.base import key_of
+from lightning_freeze.callbacks.metric_monitor import MetricDriven, check_can_be_logged
 from lightning_freeze.engine.flags import is_batch_norm
 from lightning_freeze.errors import ArgumentError, DiscoveryError
 from lightning_freeze.model.discovery.adapters import adapter_names
@@ -73,7 +72,8 @@ class GradualUnfreeze(MetricDriven):
         order: "top_down", or "bottom_up" for the lowest group first.
         unit: "epoch", or "step" for optimizer steps.
         monitor: a logged metric; the next groups unfreeze when it hasn't improved by `min_delta`
-            for `patience` epochs.
+            for `patience` epochs, or when an `EarlyStopping` would end the fit because its own
+            patience is exhausted. Each stage has a stopper's whole patience; its best score stays.
         mode: "min" or "max": which way the metric improves.
         patience: epochs with a value of the metric that bring no improvement.
         min_delta: the least change of the metric that counts as improvement.

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_freeze.arguments import call_of, whole
 from lightning_freeze.callbacks._copies import forget_model, own_state
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_fitting,
+    rank_zero_warn,
+)
 from lightning_freeze.callbacks.base import by_tuner, key_of, saved_state, start
 from lightning_freeze.callbacks.fit_state import enter, fit_state_of, label
 from lightning_freeze.engine import reinitialized as renewed
@@ -114,7 +118,7 @@ class ReinitTopLayers(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Re-initialise, before the weights of a resume are loaded and before ranks are synced."""
-        if trainer.state.fn != TrainerFn.FITTING:
+        if not is_fitting(trainer):
             return
         check_supported(trainer.strategy)
         # what the module makes later may be the top, or overwrite what is fresh
@@ -131,7 +135,7 @@ class ReinitTopLayers(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume, whose weights stay: say so where they never had a fresh start."""
-        if trainer.state.fn != TrainerFn.FITTING or by_tuner(trainer):
+        if not is_fitting(trainer) or by_tuner(trainer):
             return
         with together():
             saved = saved_state(self, trainer, checkpoint) or {}

@@ -8,9 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.arguments import call_of, interval, one_of, whole
@@ -28,6 +25,13 @@ from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_fitting,
+    rank_zero_info,
+)
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
@@ -165,7 +169,7 @@ class TrainableParamAudit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Begin a new record."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             self._reset()
             self._papers.check(trainer)
             self._fit = enter(trainer, pl_module, self)
@@ -176,7 +180,7 @@ class TrainableParamAudit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """On a resume: what was frozen, with which fingerprints."""
-        if trainer.state.fn == TrainerFn.FITTING and not by_tuner(trainer):
+        if is_fitting(trainer) and not by_tuner(trainer):
             state = saved_state(self, trainer, checkpoint) or {}
             self._resumed = Resumed.of(state)
             if self._resumed is not None:
@@ -233,7 +237,7 @@ class TrainableParamAudit(Callback):
         if self._run is None:
             self._begin(trainer, pl_module, fit)
         assert self._run is not None
-        fit.restored()
+        fit.settle()
         self._adopt(trainer)
         self._run.look(looks.FIT, self._now(trainer))
         for optimizer in trainer.optimizers:
@@ -388,7 +392,7 @@ class TrainableParamAudit(Callback):
 
     @staticmethod
     def _fitting(trainer: Trainer) -> bool:
-        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        return is_fitting(trainer) and not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check, and see who never moved."""
@@ -423,6 +427,7 @@ class TrainableParamAudit(Callback):
             run = self._run
         if run is None:
             return
+        self._record.unreached = () if fit is None else fit.never_trained()
         try:
             run.look(looks.FIT_END, self._now(trainer))
             self._judge.hear(trainer, run, run.look_at_weights(here=True), alone=True)
@@ -458,7 +463,7 @@ class TrainableParamAudit(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep what was seen, and nothing of the model."""
-        if trainer.state.fn == TrainerFn.FITTING:
+        if is_fitting(trainer):
             self._leave()
 
     def _leave(self) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze.engine.step_view import StepView
-from lightning_freeze.errors import ArgumentError, UnsupportedError
+from lightning_freeze.errors import ArgumentError, ConflictError, UnsupportedError
 from lightning_freeze.model.index import ModelIndex
 
 _REFUSED = {
@@ -155,6 +155,26 @@ class OptimizerGroups:
             [list(known[id(group["params"])]) for group in optimizer.param_groups]
             for optimizer in self.optimizers
         ]
+
+    def check_scaler(self, frozen: frozenset[str]) -> None:
+        """Refuse to freeze all that an optimizer holds where a `GradScaler` would step it.
+
+        Args:
+            frozen: names of what is frozen in a stage.
+
+        Raises:
+            ConflictError: torch would end the first step with "No inf checks were recorded".
+        """
+        for number, lists in enumerate(self.whole_lists()):
+            held = [self.index.name_of.get(id(p)) for params in lists for p in params]
+            if held and all(name in frozen for name in held):
+                raise ConflictError(
+                    f"All {len(held)} tensors that optimizer {number} "
+                    f"({type(self.optimizers[number]).__name__}) holds are frozen in one of the "
+                    "stages, and with float16 mixed precision torch's GradScaler can't step an "
+                    'optimizer without gradients. Use `precision="bf16-mixed"`, or leave something '
+                    "of it trainable."
+                )
 
     def rates(self) -> dict[str, float]:
         """Name -> learning rate that it trains at, or would if it weren't frozen."""
@@ -401,7 +421,8 @@ def listed(given: Any) -> list[Optimizer]:
         ArgumentError: there is something else among them.
 
     Example:
-        >>> sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+        >>> from torch import nn, optim
+        >>> sgd = optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
         >>> listed(([sgd], [])) == listed({"optimizer": sgd, "lr_scheduler": None}) == [sgd]
         True
     """

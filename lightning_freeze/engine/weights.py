@@ -9,7 +9,10 @@ from typing import Any, Union
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
 
+from lightning_freeze.engine.computed import Computed, computed_in, stand_in
 from lightning_freeze.engine.distributed import from_all_ranks
 from lightning_freeze.engine.reinitialized import remember
 from lightning_freeze.engine.sharded import is_sharded, whole
@@ -32,6 +35,8 @@ def reinit(
     each module's ``reset_parameters()``. transformers marks loaded tensors so that its own init
     functions skip them in silence; that mark is dropped for the chosen tensors alone. Parameter
     objects stay the same, so ties and optimizers survive, and every other tensor keeps its bytes.
+    Of a layer with a parametrization, or a weight or spectral norm of the older kind, what its
+    weight is computed from is set so that it computes a fresh one.
 
     Args:
         model: any module; it is changed in place.
@@ -80,14 +85,16 @@ def reinit_names(
     if init == "model":
         check_possible(index, chosen)
     for name, parameter in chosen.items():
+        if is_lazy(parameter):
+            raise ReinitError(
+                f"`{name}` is of a lazy layer that has seen no input: its first one initialises "
+                "it. Leave it out, or call `forward` with a batch first."
+            )
         if parameter.device.type == "meta":
             raise ReinitError(f"`{name}` is on the meta device. Load the weights first.")
     kept = {name: parameter.detach().clone() for name, parameter in chosen.items()}
     before = {name: fingerprint(tensor) for name, tensor in kept.items()}
-    owners = {id(m): m for m in (index.modules[index.owner(name)] for name in chosen)}
-    buffers = [
-        (b, b.clone()) for m in owners.values() for b in m._buffers.values() if b is not None
-    ]
+    buffers = _buffers(index.modules[path] for path in _owners(index, chosen))
     try:
         with (
             torch.no_grad(),
@@ -100,11 +107,11 @@ def reinit_names(
             else:
                 _by_model(index, written)
         after = {name: fingerprint(parameter) for name, parameter in chosen.items()}
-        changed = [name for name in chosen if after[name] != before[name]]
+        changed = any(after[name] != before[name] for name in chosen) or any(
+            not torch.equal(module.get_buffer(key), value) for module, key, _, value in buffers
+        )
         sharded = any(is_sharded(parameter) for parameter in chosen.values())
-        if not (
-            any(from_all_ranks(bool(changed), "re-initialised shards")) if sharded else changed
-        ):
+        if not (any(from_all_ranks(changed, "re-initialised shards")) if sharded else changed):
             how = "the model's own init" if init == "model" else f"`{describe(init)}`"
             raise ReinitError(
                 f"Re-initialising changed nothing: {how} left the bytes of all {len(chosen)} "
@@ -116,8 +123,8 @@ def reinit_names(
         with torch.no_grad():
             for name, tensor in kept.items():
                 chosen[name].copy_(tensor)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, key, buffer, value in buffers:
+                module._buffers[key] = buffer.copy_(value)
         raise
     for name, digest in after.items():
         remember(chosen[name], digest)
@@ -126,7 +133,7 @@ def reinit_names(
 def check_possible(index: ModelIndex, names: Iterable[str]) -> None:
     """Raise a `ReinitError` for a module that has no way to initialise itself."""
     for name in names:
-        path = index.owner(name)
+        path = _owner(index, name)
         if _pretrained(index, path) is None and _reset(index.modules[path]) is None:
             kind = type(index.modules[path]).__name__
             raise ReinitError(
@@ -134,6 +141,33 @@ def check_possible(index: ModelIndex, names: Iterable[str]) -> None:
                 "`reset_parameters()` and is in no transformers model. Give `init`, a callable "
                 "(name, parameter) -> None, or write `reset_parameters()` for the module."
             )
+
+
+def _owner(index: ModelIndex, name: str) -> str:
+    """Path of the module that initialises a tensor: of one under a parametrization, that above."""
+    path = index.owner(name)
+    if isinstance(index.modules[path], ParametrizationList):
+        return index.owner(index.owner(path))
+    return path
+
+
+def _owners(index: ModelIndex, names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(_owner(index, name) for name in names))
+
+
+def _buffers(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
+    """Buffers of modules and of their parametrizations, and a copy of each."""
+    parts = [
+        part
+        for module in modules
+        for part in (module, *(getattr(module, "parametrizations", None) or nn.Module()).modules())
+    ]
+    return [
+        (part, key, buffer, buffer.clone())
+        for part in parts
+        for key, buffer in part._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _reset(module: nn.Module) -> Any:
@@ -164,8 +198,16 @@ def _seeded(seed: int | None, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _by_model(index: ModelIndex, chosen: dict[str, nn.Parameter]) -> None:
-    paths = list(dict.fromkeys(index.owner(name) for name in chosen))
+    paths = _owners(index, chosen)
     marked = {id(parameter) for parameter in chosen.values()}
+    computed = {path: computed_in(index.modules[path]) for path in paths}
+    plain = {path: stand_in(index.modules[path], computed[path]) for path in paths}
+
+    def write(path: str, init: Callable[[nn.Module], Any]) -> None:
+        init(plain.get(path, index.modules[path]))
+        for tensor in computed.get(path, ()):
+            tensor.write(plain[path]._parameters[tensor.name], marked)
+
     # NaN first: an init function that skips a tensor is then seen, even where the fresh value
     # happens to be the old one, as with a LayerNorm's ones
     for parameter in chosen.values():
@@ -173,15 +215,16 @@ def _by_model(index: ModelIndex, chosen: dict[str, nn.Parameter]) -> None:
             parameter.fill_(float("nan"))
     with ExitStack() as stack:
         for path in paths:
-            stack.enter_context(_kept(index.modules[path], marked))
+            kept = _kept(index.modules[path], plain[path], computed[path], marked)
+            stack.enter_context(kept)
         inside = {path: None for path in paths if _pretrained(index, path) is not None}
         outside = [path for path in paths if path not in inside]
         for path in sorted(outside, key=_depth, reverse=True):
-            _reset(index.modules[path])()
+            write(path, lambda module: _reset(module)())
         if inside:
             stack.enter_context(_transformers_marks(index, list(inside), marked))
             for path in _innermost_first(index, list(inside)):
-                _pretrained(index, path)._init_weights(index.modules[path])
+                write(path, _pretrained(index, path)._init_weights)
     skipped = [n for n, p in chosen.items() if p.is_floating_point() and bool(p.isnan().any())]
     if skipped:
         path = index.owner(skipped[0])
@@ -193,10 +236,13 @@ def _by_model(index: ModelIndex, chosen: dict[str, nn.Parameter]) -> None:
 
 
 @contextmanager
-def _kept(module: nn.Module, marked: set[int]) -> Iterator[None]:
+def _kept(
+    module: nn.Module, plain: nn.Module, computed: Iterable[Computed], marked: set[int]
+) -> Iterator[None]:
     """Put back what an init function wrote beside the chosen tensors.
 
-    Buffers of a module all of whose own parameters are chosen (batch-norm statistics) may change.
+    Buffers of a module all of whose own parameters are chosen (batch-norm statistics) may change,
+    and those that belong to a tensor that is computed from chosen ones.
     """
     own = [p for p in module._parameters.values() if p is not None]
     whole = bool(own) and all(id(p) in marked for p in own)
@@ -205,10 +251,13 @@ def _kept(module: nn.Module, marked: set[int]) -> Iterator[None]:
         if id(parameter) not in marked:
             kept.append((parameter, parameter.detach().clone()))
     spared = {id(b) for b in module._buffers.values()} if whole else set()
+    for made in computed:
+        if any(id(p) in marked for p in made.sources):
+            spared.update(map(id, made.buffers))
     for buffer in module.buffers():
         if id(buffer) not in spared:
             kept.append((buffer, buffer.clone()))
-    registered = [(part, dict(part._parameters)) for part in module.modules()]
+    registered = [(part, dict(part._parameters)) for part in (plain, *module.modules())]
     try:
         yield
     finally:

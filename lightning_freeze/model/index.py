@@ -10,13 +10,17 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# what torch's and Fabric's wrappers call what they wrap; of Fabric's two the second is the user's
+_WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_original_module")
+_WRAPPERS = frozenset({*_WRAPPED, "_forward_module"})
 
 
 def clean(name: str) -> str:
-    """Drop the components that torch's wrappers put into a dotted name.
+    """Drop the components that wrappers put into a dotted name.
 
     >>> clean("model._orig_mod.layer.1.weight")
     'model.layer.1.weight'
@@ -25,10 +29,30 @@ def clean(name: str) -> str:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside of torch.compile's and FSDP's wrappers; any other as it is."""
-    while not _WRAPPERS.isdisjoint(module._modules):
-        module = module.get_submodule(min(_WRAPPERS.intersection(module._modules)))
+    """The module inside of torch.compile's, FSDP's and Fabric's wrappers; any other as it is."""
+    while _WRAPPERS.issuperset(module._modules.keys()):
+        inside = next((key for key in _WRAPPED if key in module._modules), None)
+        if inside is None:
+            break
+        module = module.get_submodule(inside)
     return module
+
+
+def class_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's class and of its bases; of TorchScript's, that of the class it was."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return (getattr(module, "original_name", type(module).__name__),)
+    return tuple(kind.__name__ for kind in type(module).__mro__)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Number of elements; none of a lazy layer's tensor before its first input."""
+    return 0 if is_lazy(tensor) else tensor.numel()
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Dimensions; (0,) of a lazy layer's tensor before its first input."""
+    return (0,) if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def some(names: Sequence[str], most: int = 4) -> str:
@@ -41,27 +65,25 @@ def some(names: Sequence[str], most: int = 4) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _is_wrapper(module: nn.Module) -> bool:
-    """True for DistributedDataParallel, DataParallel, AveragedModel: all under one `module`."""
-    return (
-        set(module._modules) == {"module"}
-        and not module._parameters
-        and type(module).__module__.startswith(("torch.", "lightning", "pytorch_lightning"))
-    )
-
-
 def named_tensors(model: nn.Module) -> tuple[list[str], list[Tensor]]:
     """Names and tensors of all parameters, then of all buffers; tied ones once for each name."""
-    found = Members.of(peel(model))
+    found = Members.of(model)
     buffers = found.buffers()
     return found.names + [n for n, _ in buffers], [*found.parameters, *(b for _, b in buffers)]
 
 
 def peel(model: nn.Module) -> nn.Module:
-    """The model inside of DistributedDataParallel and the like."""
-    while _is_wrapper(model):
+    """The model inside of any wrappers, DistributedDataParallel and the like among them."""
+    while True:
+        model = unwrap(model)
+        parallel = (
+            set(model._modules.keys()) == {"module"}
+            and not len(model._parameters)
+            and type(model).__module__.startswith(("torch.", "lightning", "pytorch_lightning"))
+        )
+        if not parallel:
+            return model
         model = model.get_submodule("module")
-    return model
 
 
 class Members:
@@ -71,14 +93,16 @@ class Members:
         names: of the parameters, as torch gives them, without wrappers' components.
         parameters: one for each name: a tied tensor stands here several times.
         paths: of the modules; the model itself is "".
-        modules: one for each path. A wrapper and what it wraps share one.
+        modules: one for each path; wrappers aren't among them.
         begins: for each module, the position in `names` of the first parameter under it.
         ends: the position behind its last one.
         kinds: the class that each module, then each parameter was of: lazy layers,
             parametrizations and sharding change it in place.
     """
 
-    __slots__ = ("begins", "ends", "kinds", "modules", "names", "parameters", "paths")
+    __slots__ = (
+        "_without", "begins", "ends", "kinds", "modules", "names", "parameters", "paths",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -88,17 +112,19 @@ class Members:
         self.begins = array("q")
         self.ends = array("q")
         self.kinds: list[type] = []
+        self._without: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, model: nn.Module) -> Members:
-        """Walk a model."""
+    def of(cls, model: nn.Module, without: Iterable[nn.Module] = ()) -> Members:
+        """Walk a model, but for some of its modules."""
         found = cls()
-        found._walk(model, "", "")
+        found._without = frozenset(map(id, without))
+        found._walk(peel(model), "")
         found.kinds = [*map(type, found.modules), *map(type, found.parameters)]
         return found
 
-    def _walk(self, module: nn.Module, path: str, prefix: str) -> None:
-        names, place = self.names, len(self.paths)
+    def _walk(self, module: nn.Module, path: str) -> None:
+        names, place, prefix = self.names, len(self.paths), f"{path}." if path else ""
         self.paths.append(path)
         self.modules.append(module)
         self.begins.append(len(names))
@@ -108,12 +134,9 @@ class Members:
                 names.append(prefix + key)
                 self.parameters.append(parameter)
         for key, child in module._modules.items():
-            if child is None:
-                continue
-            if key in _WRAPPERS:
-                self._walk(child, path, prefix)
-            else:
-                self._walk(child, prefix + key, f"{prefix}{key}.")
+            inner = None if child is None else unwrap(child)
+            if inner is not None and id(inner) not in self._without:
+                self._walk(inner, prefix + key)
         self.ends[place] = len(names)
 
     def buffers(self) -> list[tuple[str, Tensor]]:
@@ -157,20 +180,27 @@ class ModelIndex:
     members: Members = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, known: ModelIndex | None = None) -> ModelIndex:
+    def of(
+        cls,
+        model: nn.Module,
+        known: ModelIndex | None = None,
+        *,
+        without: Iterable[nn.Module] = (),
+    ) -> ModelIndex:
         """Index `model`.
 
         Args:
             model: any module.
             known: an index of it from before. It is returned, with what was found out with it, if
                 the model still has the same objects in the same places; it is walked in any case.
+            without: modules that are left out with all that is in them.
 
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         >>> model[1].weight = model[0].weight
         >>> ModelIndex.of(model).aliases
         {'0.weight': ('1.weight',)}
         """
-        found = Members.of(peel(model))
+        found = Members.of(model, without)
         if known is not None and known.members.same(found):
             return known
         parameters: dict[str, nn.Parameter] = {}
@@ -181,7 +211,6 @@ class ModelIndex:
             if first is name:
                 parameters[name] = parameter
             canonical[name] = first
-        # a wrapper and what it wraps share a path: the inner one comes later and wins
         return cls(parameters, canonical, dict(zip(found.paths, found.modules)), found)
 
     @cached_property
@@ -297,6 +326,16 @@ class ModelIndex:
             if len(inside) != 1 or own or isinstance(inside[0][1], nn.ModuleList):
                 return roots
             roots.append(inside[0][0])
+
+    def called(self, path: str) -> str:
+        """The path of a module, or of the outermost TorchScript module around it.
+
+        A hook on what is inside of one doesn't run: Python sees no more than its own call.
+        """
+        parts = path.split(".") if path else []
+        around = [".".join(parts[:depth]) for depth in range(len(parts) + 1)]
+        scripted = (p for p in around if isinstance(self.modules[p], torch.jit.ScriptModule))
+        return next(scripted, path)
 
     def owner(self, name: str) -> str:
         """The module name that a parameter name hangs from."""

@@ -18,7 +18,7 @@ from typing import Any, Union
 from torch import nn
 
 from lightning_freeze.errors import ArgumentError, SelectorError
-from lightning_freeze.model.index import ModelIndex, clean, some
+from lightning_freeze.model.index import ModelIndex, class_names, clean, some
 
 Selector = Union[str, Callable[[str, nn.Parameter], bool]]
 Selectors = Union[Selector, Iterable[Selector]]
@@ -118,12 +118,12 @@ def _match_type(index: ModelIndex, selector: str) -> list[str]:
     wanted = [text.strip() for text in selector[5:].split("|")]
     found: dict[str, None] = {}
     for path, module in index.modules.items():
-        kinds = [base.__name__ for base in type(module).__mro__]
-        if path and any(fnmatchcase(kind, text) for kind in kinds for text in wanted):
+        names = class_names(module)
+        if path and any(fnmatchcase(name, text) for name in names for text in wanted):
             found.update(dict.fromkeys(n for n in index.canonical if n.startswith(f"{path}.")))
     if found:
         return list(found)
-    kinds = sorted({type(m).__name__ for path, m in index.modules.items() if index.within(m)})
+    kinds = sorted({class_names(m)[0] for path, m in index.modules.items() if index.within(m)})
     raise SelectorError(
         f"No module with parameters is of the class that `{selector}` names. Classes that exist: "
         f"{some(kinds, 12)}."

@@ -12,7 +12,7 @@ from torch import nn
 from lightning_freeze.arguments import whole
 from lightning_freeze.engine.flags import can_train, frozen_by_user
 from lightning_freeze.errors import ArgumentError
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, size_of
 from lightning_freeze.model.layer_groups import LayerGroup
 from lightning_freeze.report.timeline import Moment, plot_timeline
 from lightning_freeze.schedule.entries import Entry
@@ -20,7 +20,7 @@ from lightning_freeze.schedule.plan import merge
 from lightning_freeze.schedule.schedule import UnfreezeSchedule
 
 if TYPE_CHECKING:
-    from lightning_freeze.report.cost import StepCost
+    from lightning_freeze.report.step_cost import StepCost
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class SchedulePreview:
         whole(max_epochs, "max_epochs", least=1)
         rows = []
         before: set[str] = set()
-        total = sum(parameter.numel() for parameter in index.parameters.values())
+        total = sum(map(size_of, index.parameters.values()))
         stages = trained_in(index, schedule)
         for number, (stage, trains) in enumerate(zip(schedule.stages, stages)):
             tensors = index.tensors(trains)
-            size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            elements = sum(tensor.numel() for tensor in tensors)
+            size = sum(size_of(tensor) * tensor.dtype.itemsize for tensor in tensors)
+            elements = sum(map(size_of, tensors))
             now = set(trains)
             rows.append(
                 PreviewRow(
@@ -150,7 +150,7 @@ class SchedulePreview:
         batch: int = 1,
     ) -> SchedulePreview:
         """Look ahead, and count what a step costs in each stage (see `step_cost`)."""
-        from lightning_freeze.report.cost import step_cost
+        from lightning_freeze.report.step_cost import step_cost
 
         whole(batch, "batch", least=1)
         plain = cls.of(index, schedule, groups, max_epochs)

@@ -15,7 +15,7 @@ from lightning_freeze.checkpoints.origin.frozen import never_learns
 from lightning_freeze.checkpoints.origin.states import UNKNOWN, Origins
 from lightning_freeze.engine.optimizers import ids_held, learning_rates, listed
 from lightning_freeze.errors import ArgumentError, DiscoveryError
-from lightning_freeze.model.index import ModelIndex, some
+from lightning_freeze.model.index import ModelIndex, shape_of, size_of, some
 from lightning_freeze.model.layer_groups import LayerGroup, groups_of
 
 _WIDTH = 110
@@ -220,8 +220,8 @@ def rows_of(
             rows.append(
                 Row(
                     name=name,
-                    shape=tuple(parameter.shape),
-                    parameters=parameter.numel(),
+                    shape=shape_of(parameter),
+                    parameters=size_of(parameter),
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     trainable=parameter.requires_grad,
                     training=index.modules[index.owner(name)].training,
@@ -289,6 +289,11 @@ def _below(summary: Summary, by: str) -> list[str]:
         f"{summary.trainable:,} of {summary.total:,} parameters train ({share:.2f} %), "
         f"{sum(row.status == 'trains' for row in summary.rows)} of {len(summary.rows)} tensors."
     )
+    lazy = [row.name for row in summary.rows if row.shape == (0,)]
+    if lazy:
+        lines.append(
+            f"Not counted, as lazy layers have no shape before their first input: {some(lazy)}."
+        )
     return [*lines, *beside(summary, by), *summary.notes]
 
 

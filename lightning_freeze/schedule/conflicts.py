@@ -33,16 +33,25 @@ def check_conflicts(
         for other, blocker in listed[:position] + listed[position + 1 :]:
             _check_pair(label, schedule, other, blocker)
     every = list(names)
-    plan = merge([schedule.plan(0) for schedule in schedules.values()], before)
+    plans = [schedule.plan(0) for schedule in schedules.values()]
+    plan = merge(plans, before)
     if not plan.trainable(every):
         labels = ", ".join(schedules)
+        by_hand = sorted(plan.frozen.intersection(every).difference(*(p.frozen for p in plans)))
+        why = next((s.advice for _, s in listed if s.advice), "")
+        if by_hand and not why:
+            raise ConflictError(
+                f"Nothing is left to train at the start: what {labels} would leave trainable, "
+                f"{len(by_hand)} parameters such as `{by_hand[0]}`, were frozen before the fit "
+                "(`requires_grad=False`). Don't freeze them by hand, or name them in `trainable` "
+                "or in the schedule."
+            )
         first = min(
             (stage.at for _, s in listed for stage in s.stages if stage.trainable), default=None
         )
         advice = "leave at least the head trainable, as in `FreezeBackbone()`"
         if first:
             advice = f'name the head at 0, as in `{{0: "classifier", {first}: ...}}`'
-        why = next((s.advice for _, s in listed if s.advice), "")
         advice = f": {why}." if why else f". Let something train: {advice}."
         raise ConflictError(
             f"Nothing is left to train at the start: {labels} "

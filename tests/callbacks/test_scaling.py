@@ -130,9 +130,9 @@ def test_a_fit_is_searched_for_layers_once(monkeypatch: pytest.MonkeyPatch) -> N
         seen["searches"] += 1
         return search(index)
 
-    def walked(kind: Any, model: nn.Module) -> Any:
+    def walked(kind: Any, *given: Any) -> Any:
         seen["walks"] += 1
-        return walk(kind, model)
+        return walk(kind, *given)
 
     class First(Callback):
         def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

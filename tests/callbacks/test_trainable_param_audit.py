@@ -196,6 +196,7 @@ def test_head_that_is_in_no_optimizer_is_named() -> None:
     assert audit.findings == []
 
 
+@pytest.mark.filterwarnings("ignore:.*gives them to no optimizer")
 def test_unfrozen_layers_that_are_in_no_optimizer_are_named() -> None:
     model = seeded(lambda: Toy(lambda m: torch.optim.SGD(m.head.parameters(), lr=0.1)))
     audit = TrainableParamAudit(table=False)

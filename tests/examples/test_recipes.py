@@ -196,9 +196,10 @@ def test_few_sample_bert_gives_the_top_layers_and_the_pooler_a_fresh_start() -> 
     fresh = short(changed(before, state(model)))
     matrices = {n for n in names(model, f"{LAYER}1", f"{LAYER}2", "bert.pooler") if "Norm" not in n}
     assert fresh == {n for n in matrices if n.endswith("weight")}
-    audit = TrainableParamAudit(table=False)
     model, data = make("few_sample_bert")
-    trainer(*recipe("few_sample_bert"), audit, epochs=1).fit(model, data)
+    callbacks = recipe("few_sample_bert")
+    audit = next(cb for cb in callbacks if isinstance(cb, TrainableParamAudit))
+    trainer(*callbacks, epochs=1).fit(model, data)
     lrs = list(audit.moments[-1].lr.values())
     assert lrs == pytest.approx([1e-2 * 0.95**distance for distance in (4, 3, 2, 1, 0)])
 

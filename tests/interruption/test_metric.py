@@ -116,7 +116,7 @@ def test_a_metric_that_no_validation_logs_is_told_of_at_the_first(when: str) -> 
     run = trainer(GradualUnfreeze(monitor="loss_of_none"), epochs=4, **WHEN[when])
     with pytest.raises(FreezeError, match="`monitor='loss_of_none'` was not logged"):
         run.fit(seeded(Silent), loader(), loader(seed=2))
-    assert run.current_epoch <= 1
+    assert run.global_step <= 8  # no batch behind the epoch of the first validation
 
 
 def test_lightning_skips_a_validation_that_was_to_follow_the_checkpoint(tmp_path: Path) -> None:

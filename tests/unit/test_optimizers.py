@@ -337,9 +337,16 @@ class Hybrid(Optimizer):
     def state(self) -> Any:  # type: ignore[override]
         return {k: v for optimizer in self.inner for k, v in optimizer.state.items()}
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.inner:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for optimizer in self.inner:
             optimizer.step()
+        return loss
 
 
 class Wrapper(Optimizer):
@@ -349,25 +356,14 @@ class Wrapper(Optimizer):
         super().__init__(base.param_groups, {})
         self.base, self.param_groups = base, base.param_groups
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.base.step()
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
 
 
 def hybrid(model: nn.ModuleDict) -> Any:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return Hybrid(SGD(matrices, lr=0.8), SGD(vectors, lr=0.8))
-
-
-def by_name(model: nn.ModuleDict) -> Any:
-    optimizer = hybrid(model)
-    optimizer.inner = dict(enumerate(optimizer.inner))
-    parts = type("Named", (Hybrid,), {
-        "param_groups": property(lambda s: [g for o in s.inner.values() for g in o.param_groups]),
-        "step": lambda s, closure=None: [o.step() for o in s.inner.values()],
-    })  # fmt: skip
-    optimizer.__class__ = parts
-    return optimizer
 
 
 def wrapper(model: nn.ModuleDict) -> Any:

@@ -85,7 +85,7 @@ def find_origins(index: ModelIndex, given: Any = None) -> Origins:
             origin = _renewed(origin, tensor)
         found[name] = origin
     return Origins(
-        {name: found[name] for name in index.parameters},
+        {name: found.get(name, Origin()) for name in index.parameters},
         {name: found[name] for name in stored.tensors if name not in index.parameters},
         tuple(unused),
         tuple(notes),

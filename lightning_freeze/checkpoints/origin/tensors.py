@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.model.index import ModelIndex
 
@@ -36,11 +37,15 @@ class Stored:
         >>> list(stored.tensors)
         ['weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked']
         """
-        tensors: dict[str, Tensor] = dict(index.parameters)
-        canonical = dict(index.canonical)
+        tensors: dict[str, Tensor] = {n: p for n, p in index.parameters.items() if not is_lazy(p)}
+        canonical = {name: first for name, first in index.canonical.items() if first in tensors}
         for path, module in index.modules.items():
             for key, buffer in module._buffers.items():
-                if buffer is not None and key not in module._non_persistent_buffers_set:
+                if (
+                    buffer is not None
+                    and key not in module._non_persistent_buffers_set
+                    and not is_lazy(buffer)
+                ):
                     name = f"{path}.{key}" if path else key
                     tensors[name] = buffer
                     canonical[name] = name

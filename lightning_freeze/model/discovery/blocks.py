@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, class_names, size_of
 
 Blocks = list[tuple[str, ...]]
 
@@ -18,18 +18,25 @@ _ATTENTION = re.compile(r"att")
 _FEED_FORWARD = re.compile(r"ffn|mlp|feed|^ff")
 
 
-def class_of(module: nn.Module) -> type[nn.Module]:
+def class_name(module: nn.Module) -> str:
     """The class a module was written as, before FSDP2 or a parametrization made it another."""
     for kind in type(module).__mro__:
         made = "FSDPModule" in {kind.__name__, *(base.__name__ for base in kind.__bases__)}
         if not made and not kind.__name__.startswith("Parametrized"):
-            return kind
-    return type(module)
+            return class_names(module)[0] if kind is type(module) else kind.__name__
+    return type(module).__name__
 
 
 def is_a(module: nn.Module, name: str) -> bool:
     """Whether a class of this name is among a module's bases."""
-    return any(base.__name__ == name for base in type(module).__mro__)
+    return name in class_names(module)
+
+
+def is_list(module: object) -> bool:
+    """Whether it is a ModuleList or a Sequential."""
+    return isinstance(module, nn.Module) and (
+        is_a(module, "ModuleList") or is_a(module, "Sequential")
+    )
 
 
 def _is_leaf(index: ModelIndex, path: str) -> bool:
@@ -43,7 +50,7 @@ def sequential(index: ModelIndex, path: str) -> Blocks:
         path = index.children(path)[0][0]
     blocks: Blocks = []
     for child, module in index.children(path):
-        if blocks and "Norm" in class_of(module).__name__:
+        if blocks and "Norm" in class_name(module):
             blocks[-1] += (child,)
         else:
             blocks.append((child,))
@@ -52,9 +59,10 @@ def sequential(index: ModelIndex, path: str) -> Blocks:
 
 def homogeneous(index: ModelIndex, module: nn.Module) -> bool:
     """Whether it is a list of two or more modules of one class, all with parameters."""
-    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+    members = [m for m in module._modules.values() if m is not None] if is_list(module) else []
+    if len(members) < 2 or not all(map(index.holds, members)):
         return False
-    return len({class_of(child) for child in module}) == 1 and all(index.holds(m) for m in module)
+    return len(set(map(class_name, members))) == 1
 
 
 def homogeneous_lists(index: ModelIndex, path: str) -> list[str]:
@@ -87,7 +95,7 @@ def longest_list(index: ModelIndex, path: str) -> Blocks:
 
     def rank(name: str) -> tuple[int, bool, int]:
         members = index.children(name)
-        norms = all("Norm" in class_of(module).__name__ for _, module in members)
+        norms = all("Norm" in class_name(module) for _, module in members)
         return len(members), not norms, len(index.within(index.modules[name]))
 
     return with_siblings(index, max(lists, key=rank))
@@ -103,7 +111,7 @@ def with_siblings(index: ModelIndex, path: str) -> Blocks:
     joined = [members]
     owner, _, name = path.rpartition(".")
     for other, module in index.children(owner) if path else ():
-        if other == path or not isinstance(module, (nn.ModuleList, nn.Sequential)):
+        if other == path or not is_list(module):
             continue
         listed = [child for child, _ in index.children(other)]
         beside = other.rpartition(".")[2]
@@ -113,7 +121,7 @@ def with_siblings(index: ModelIndex, path: str) -> Blocks:
 
 
 def _goes_with(index: ModelIndex, name: str, other: str, members: Iterable[str]) -> bool:
-    if all("Norm" in class_of(index.modules[child]).__name__ for child in members):
+    if all("Norm" in class_name(index.modules[child]) for child in members):
         return True
     pairs = ((_ATTENTION, _FEED_FORWARD), (_FEED_FORWARD, _ATTENTION))
     return any(one.search(name) and two.search(other) for one, two in pairs)
@@ -121,14 +129,14 @@ def _goes_with(index: ModelIndex, name: str, other: str, members: Iterable[str])
 
 def elements(index: ModelIndex, module: nn.Module) -> int:
     """Number of elements of a module's parameters."""
-    return sum(index.parameters[name].numel() for name in index.within(module))
+    return sum(size_of(index.parameters[name]) for name in index.within(module))
 
 
 def weight(index: ModelIndex, blocks: Blocks) -> int:
     """Number of elements of the parameters in some blocks."""
     paths = [path for paths in blocks for path in paths]
     names = {name for path in paths for name in index.within(index.modules[path])}
-    return sum(index.parameters[name].numel() for name in names)
+    return sum(size_of(index.parameters[name]) for name in names)
 
 
 def children(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Blocks:
@@ -141,10 +149,10 @@ def children(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Block
     size = {child: elements(index, module) for child, module in inside}
     blocks: Blocks = []
     for child, module in inside:
-        container = isinstance(module, (nn.Sequential, nn.ModuleList))
+        container = is_list(module)
         if container and 2 * size[child] > sum(size.values()):
             return sequential(index, child)
-        if blocks and "Norm" in class_of(module).__name__:
+        if blocks and "Norm" in class_name(module):
             blocks[-1] += (child,)
         else:
             blocks.append((child,))
@@ -168,7 +176,7 @@ def _stages(index: ModelIndex, path: str, blocks: Blocks) -> Blocks:
     prefix = path + "." if path else ""
     if around.startswith(prefix) and around != path:
         container = index.modules[around]
-        if isinstance(container, (nn.Sequential, nn.ModuleList)) and len(container) > 1:
+        if is_list(container) and len(container._modules) > 1:
             return sequential(index, around)
     return blocks
 
@@ -202,7 +210,7 @@ def repeated(index: ModelIndex, path: str, outside: Iterable[str] = ()) -> Block
         return _stages(index, path, listed)
     if len(by_number) > 1:
         return by_number
-    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+    if is_list(module):
         return sequential(index, path)
     largest = max(inside, key=lambda item: elements(index, item[1]), default=None)
     if largest and elements(index, largest[1]) > half and not _is_leaf(index, largest[0]):

@@ -15,11 +15,12 @@ from lightning_freeze.model.discovery.assembly import assemble, is_above, is_bel
 from lightning_freeze.model.discovery.blocks import (
     Blocks,
     children,
-    class_of,
+    class_name,
     elements,
     homogeneous,
     homogeneous_lists,
     is_a,
+    is_list,
     longest_list,
     outermost,
     repeated,
@@ -60,7 +61,7 @@ def _made_by(kind: type) -> str | None:
 
 
 def _built_like(module: nn.Module) -> str | None:
-    if not module._modules.keys().isdisjoint(HEADS):
+    if not set(HEADS).isdisjoint(module._modules.keys()):
         inside = dict(module.named_children())
         if not any(name in inside for name in HEADS):
             return None
@@ -91,7 +92,7 @@ def zoo_models(index: ModelIndex, under: str = "") -> list[tuple[str, str]]:
     likely = [
         (path, module)
         for path, module in index.modules.items()
-        if made_by[type(module)] or not module._modules.keys().isdisjoint(HEADS)
+        if made_by[type(module)] or not set(HEADS).isdisjoint(module._modules.keys())
     ]
     inside = [item for item in likely if (item[0] + ".").startswith(prefix)]
     for path, module in sorted(inside, key=lambda item: item[0].count(".") + bool(item[0])):
@@ -147,7 +148,7 @@ def blocks_of(index: ModelIndex, path: str, kind: str) -> Blocks:
     prefix = path + "." if path else ""
     if kind == "timm":
         for name in ("blocks", "layers", "stages"):
-            if isinstance(getattr(module, name, None), (nn.Sequential, nn.ModuleList)):
+            if is_list(getattr(module, name, None)):
                 return sequential(index, prefix + name)
     for name in ("features", "encoder.layers"):
         if prefix + name in index.modules:
@@ -277,8 +278,8 @@ def _with_unmarked(index: ModelIndex, found: list[str]) -> list[str]:
     around = {part for name in found for part in _parents(name)}
     for owner in dict.fromkeys(index.owner(name) for name in found):
         for child, module in index.children(owner):
-            plain = not re.search(r"emb|down|merg|norm", class_of(module).__name__.lower())
-            if isinstance(index.modules[owner], nn.ModuleList) and plain and child not in around:
+            plain = not re.search(r"emb|down|merg|norm", class_name(module).lower())
+            if is_a(index.modules[owner], "ModuleList") and plain and child not in around:
                 known.add(child)
     return [name for name in index.modules if name in known]
 
