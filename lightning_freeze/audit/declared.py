@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from torch import nn
+
 from lightning_freeze.engine.flags import quiet_modules
 from lightning_freeze.model.index import Members, ModelIndex
 from lightning_freeze.model.selectors import Selectors, select
@@ -57,6 +59,42 @@ class Declared:
             tuple(path for path in self.still if path not in whole),
             ignored,
         )
+
+
+def weights_in_buffers(index: ModelIndex, declared: Declared) -> tuple[str, ...]:
+    """Paths of modules whose persistent buffers may be weights, such as a quantised layer's.
+
+    A frozen module that belongs in eval mode holds its buffers still in any case. Of the others it
+    is every module in which nothing trains, whether it has parameters or not and whatever is
+    around it. By their kind, running statistics (batch-norm and what is like it), spectral norm's
+    vectors and quantisation observers move in train mode, and are left out. What else a module
+    writes by design (a queue, a codebook), it writes in the first step: who watches takes such
+    buffers out again behind it.
+
+    Args:
+        index: the model.
+        declared: what is frozen.
+    """
+    still = set(declared.still)
+    off = declared.frozen | declared.ignored
+    return tuple(
+        path
+        for path, module in index.modules.items()
+        if path not in still
+        and any(key not in module._non_persistent_buffers_set for key in module._buffers)
+        and not _moves_by_kind(module)
+        and off.issuperset(index.within(module))
+    )
+
+
+def _moves_by_kind(module: nn.Module) -> bool:
+    kind = type(module)
+    return (
+        "running_mean" in module._buffers
+        or kind.__name__ == "_SpectralNorm"
+        or any(type(hook).__name__ == "SpectralNorm" for hook in module._forward_pre_hooks.values())
+        or any("ao.quantization" in base.__module__ for base in kind.__mro__)
+    )
 
 
 def redeclared(before: Declared, index: ModelIndex, *, trained: bool) -> Declared | None:

@@ -113,6 +113,8 @@ class AuditRun:
         self._queue: list[Seen] = []
         self._looked_for_hidden = False
         self._compared = now
+        self._before_first_step = True
+        self._settling = False
         self._arm(now)
         # flags were declared when the fit was set up; since then other code may have run
         self._begin(looks.BEGIN, now, self.ledger.flags)
@@ -157,6 +159,7 @@ class AuditRun:
         self.ledger.declare(declared, now)
         self._frozen_always &= declared.frozen
         self._lively = None
+        self._before_first_step = True
         self._stop_probe()
         self._arm(now)
         self._begin(looks.EPOCH, now)
@@ -186,6 +189,11 @@ class AuditRun:
             self._lively = lively(self.ledger.index)
         self._trace.look(looks.START, now)
         self._trace.look_at_flags(looks.START, now)
+        if self._before_first_step:
+            self._before_first_step = False
+            if self.ledger.watch_buffers(now):
+                self._settling = True
+                self._begin(looks.START, now, again=True)
         dying = self.watch.nearly_dead()
         if dying and self._probe is None:
             index = self.ledger.index
@@ -225,6 +233,10 @@ class AuditRun:
     def batch_ends(self, now: Moment) -> None:
         """After a batch."""
         self.look(looks.END, now)
+        if self._settling and self.watch.asked and not self._idle:
+            self._settling = False
+            if self.ledger.let_move(now):
+                self._begin(looks.END, now, again=True)
         if self._movement.due(self.watch.dead_after):
             self.check_movement()
         self._count_idle()

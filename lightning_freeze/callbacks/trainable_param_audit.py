@@ -55,6 +55,10 @@ class TrainableParamAudit(Callback):
     unfrozen by hand. It changes nothing. What it finds has a cause that was
     looked for: while a step runs it notes who writes to a frozen tensor.
 
+    Buffers are compared where they may be weights: those of frozen modules, and the persistent ones
+    of every module in which nothing trains (a quantised layer). What moves by design may move:
+    running statistics in train mode, observers, and what is written in the first step.
+
     Args:
         on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn". A
             layer that never gets a gradient while others do is a warning in any case.

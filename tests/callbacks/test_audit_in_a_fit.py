@@ -1,4 +1,4 @@
-"""The audit in real fits: who did it and where, the hunt, slices, certificates, resumes."""
+"""The audit in real fits: who did it and where, events, certificates, resumes."""
 
 from __future__ import annotations
 

@@ -194,6 +194,23 @@ def test_an_act_is_found_once_with_code_names_and_cause(act: str, setting: str) 
     assert hidden or "Sabotage.on_train_batch_end" in finding.cause
 
 
+class Innocent(Callback):
+    """Has a hook in the same place, and does nothing in it."""
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        pass
+
+
+def test_whoever_runs_in_the_window_is_named_however_many_there_are() -> None:
+    kinds = [type(f"Innocent{number}", (Innocent,), {}) for number in range(5)]
+    for kind in kinds:
+        kind.on_train_batch_end = lambda self, *_: None  # type: ignore[attr-defined]
+    act = ACTS["add"][0]
+    (finding,) = in_a_fit(seeded(Toy), act, FreezeBackbone(), *(kind() for kind in kinds))
+    assert "`Sabotage.on_train_batch_end`" in finding.cause
+    assert all(f"`{kind.__name__}.on_train_batch_end`" in finding.cause for kind in kinds)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_act_is_no_finding(setting: str) -> None:
     assert SETTINGS[setting](nothing) == []
