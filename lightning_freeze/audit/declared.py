@@ -81,7 +81,7 @@ def weights_in_buffers(index: ModelIndex, declared: Declared) -> tuple[str, ...]
         path
         for path, module in index.modules.items()
         if path not in still
-        and any(key not in module._non_persistent_buffers_set for key in module._buffers)
+        and any(k not in module._non_persistent_buffers_set for k, _ in module._buffers.items())
         and not _moves_by_kind(module)
         and off.issuperset(index.within(module))
     )
