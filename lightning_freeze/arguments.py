@@ -50,13 +50,12 @@ def call_of(name: str, defaults: Mapping[str, Any], **given: Any) -> str:
 
 def interval(every: Any) -> str | int:
     """When an audit checks, or an `ArgumentError`; a command line gives a number as text."""
-    if every in ("epoch", "batch", "rolling"):
+    if every in ("epoch", "batch"):
         return str(every)
     if isinstance(every, str) and every.isdecimal():
         every = int(every)
     if isinstance(every, bool) or not isinstance(every, int):
         raise ArgumentError(
-            f'`every` is {every!r}. Write "epoch", "batch", "rolling" or a number of optimizer '
-            "steps."
+            f'`every` is {every!r}. Write "epoch", "batch" or a number of optimizer steps.'
         )
     return whole(every, "every", least=1)

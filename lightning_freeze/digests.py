@@ -56,14 +56,12 @@ def digest(tensor: Tensor, name: str = "the tensor") -> bytes:
 def digests(
     tensors: Iterable[Tensor],
     name: Callable[[int], str] = str,
-    parts: dict[int, bytes] | None = None,
 ) -> list[bytes]:
     """The 16 bytes of each of several tensors, large ones on all cores.
 
     Args:
         tensors: as for `digest`.
         name: position -> name, for the message.
-        parts: filled with the digests of the chunks, joined, of each tensor that has several.
 
     Raises:
         ArgumentError: as for `digest`.
@@ -103,7 +101,7 @@ def digests(
             found.append(b"")
             large.append((position, flat))
     if large:
-        _hash_large(found, large, parts)
+        _hash_large(found, large)
     return found
 
 
@@ -183,13 +181,6 @@ def chunk_digest(flat: Tensor, number: int) -> bytes:
     return _of_memory(flat.data_ptr() + number * CHUNK, min(CHUNK, size - number * CHUNK))
 
 
-def joined(flat: Tensor, parts: bytes) -> bytes:
-    """The digest of a tensor from those of its chunks, one behind the other."""
-    hasher = _header_of(flat).copy()
-    hasher.update(parts)
-    return bytes(hasher.digest())
-
-
 def _whole(flat: Tensor) -> bytes:
     hasher = _header_of(flat).copy()
     size = flat.nbytes
@@ -198,9 +189,7 @@ def _whole(flat: Tensor) -> bytes:
     return bytes(hasher.digest())
 
 
-def _hash_large(
-    found: list[bytes], large: Sequence[tuple[int, Tensor]], parts: dict[int, bytes] | None
-) -> None:
+def _hash_large(found: list[bytes], large: Sequence[tuple[int, Tensor]]) -> None:
     """Hash the chunks of large tensors, on as many threads as there are cores."""
     ends = list(accumulate(chunks(flat.nbytes) for _, flat in large))
     of_chunks = bytearray(SIZE * ends[-1])
@@ -226,9 +215,11 @@ def _hash_large(
         helper.join()
     for (position, flat), end in zip(large, ends):
         own = bytes(of_chunks[(end - chunks(flat.nbytes)) * SIZE : end * SIZE])
-        found[position] = own if len(own) == SIZE else joined(flat, own)
-        if parts is not None and len(own) > SIZE:
-            parts[position] = own
+        if len(own) > SIZE:
+            hasher = _header_of(flat).copy()
+            hasher.update(own)
+            own = bytes(hasher.digest())
+        found[position] = own
 
 
 def cores() -> int:

@@ -20,7 +20,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from lightning_freeze import digests as module
 from lightning_freeze import fingerprint
-from lightning_freeze.digests import CHUNK, chunk_digest, chunks, cores, digest, digests, joined
+from lightning_freeze.digests import CHUNK, chunks, cores, digest, digests
 
 ELEMENTS = CHUNK // 4
 
@@ -59,16 +59,6 @@ def test_chunks_that_change_places_show() -> None:
     assert digest(tensor) != digest(tensor[[1, 0, 2, 3]])
     assert digest(tensor) == digest(tensor.t().contiguous().t())
     assert digest(tensor) != digest(tensor.view(2, -1))
-
-
-def test_the_parts_of_large_tensors_can_be_kept() -> None:
-    tensors = [torch.zeros(3), large(), torch.zeros(ELEMENTS)]
-    parts: dict[int, bytes] = {}
-    found = digests(tensors, parts=parts)
-    assert parts.keys() == {1}
-    each = [parts[1][i : i + 16] for i in range(0, len(parts[1]), 16)]
-    assert each == [chunk_digest(tensors[1], number) for number in range(3)]
-    assert joined(tensors[1], parts[1]) == found[1]
 
 
 def test_one_thread_and_several_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

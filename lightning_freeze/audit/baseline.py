@@ -40,7 +40,6 @@ class Baseline:
         "_forms",
         "_lazy",
         "_on_device",
-        "_parts",
         "_places",
         "_position",
         "names",
@@ -58,7 +57,6 @@ class Baseline:
         self._forms: list[Form] = []
         self._lazy: set[int] = set()
         self._on_device: set[int] = set()
-        self._parts: dict[int, bytes] | None = None
         self._position: dict[str, int] | None = None
 
     def __len__(self) -> int:
@@ -70,8 +68,6 @@ class Baseline:
         places: Iterable[tuple[str, Place]],
         now: Moment,
         before: Baseline | None = None,
-        *,
-        parts: bool = False,
     ) -> Baseline:
         """Take down some tensors; one that `before` has, too, keeps what it was there.
 
@@ -79,11 +75,8 @@ class Baseline:
             places: name and place of each.
             now: epoch and optimizer step.
             before: an older baseline.
-            parts: also keep the digests of the chunks of large tensors, to compare by slices.
         """
         self = cls()
-        if parts:
-            self._parts = {}
         for name, place in places:
             self.names.append(name)
             self._places.append(place)
@@ -116,8 +109,6 @@ class Baseline:
             self._digests[position * SIZE : (position + 1) * SIZE] = before.digest(known)
             if known in before._on_device:
                 self._on_device.add(position)
-            if self._parts is not None and before._parts and known in before._parts:
-                self._parts[position] = before._parts[known]
         return frozenset(kept)
 
     def renew(self, positions: Iterable[int], now: Moment) -> None:
@@ -136,7 +127,7 @@ class Baseline:
             self.since[position] = now
             self.versions[position] = versions((tensor,))[0]
             self._addresses[position] = address(tensor)
-        for (position, _), value in zip(pairs, self._tokens(pairs, self._parts)):
+        for (position, _), value in zip(pairs, self._tokens(pairs)):
             self._digests[position * SIZE : (position + 1) * SIZE] = value
 
     def _is_lazy(self, position: int) -> bool:
@@ -183,15 +174,6 @@ class Baseline:
         """What a tensor's digest is now; empty for a buffer that is gone."""
         pairs = self._present([position])
         return self._tokens(pairs)[0] if pairs else b""
-
-    def part(self, position: int, number: int) -> bytes | None:
-        """What the digest of one chunk of a large tensor was; None where it wasn't taken down."""
-        parts = (self._parts or {}).get(position)
-        return None if parts is None else parts[number * SIZE : (number + 1) * SIZE]
-
-    def parts(self, position: int) -> bytes:
-        """What the digests of all chunks of a large tensor were, one behind the other."""
-        return (self._parts or {})[position]
 
     def address(self, position: int) -> int:
         """Where in memory a tensor was."""
@@ -259,18 +241,13 @@ class Baseline:
     def _name(self, start: int, offset: int) -> str:
         return self.names[start + offset]
 
-    def _tokens(
-        self, pairs: Sequence[tuple[int, Tensor]], parts: dict[int, bytes] | None = None
-    ) -> list[bytes]:
+    def _tokens(self, pairs: Sequence[tuple[int, Tensor]]) -> list[bytes]:
         """Digests of the kind that was taken down, also if a tensor has moved since."""
         here = [(i, t) for i, (p, t) in enumerate(pairs) if p not in self._on_device]
         found = [b""] * len(pairs)
-        own: dict[int, bytes] | None = None if parts is None else {}
-        known = digests([t for _, t in here], lambda p: self.names[pairs[here[p][0]][0]], own)
+        known = digests([t for _, t in here], lambda p: self.names[pairs[here[p][0]][0]])
         for (index, _), value in zip(here, known):
             found[index] = value
-        if parts is not None and own is not None:
-            parts.update((pairs[here[p][0]][0], value) for p, value in own.items())
         by_device: dict[str, list[tuple[int, Tensor]]] = {}
         for index, (position, tensor) in enumerate(pairs):
             if position not in self._on_device:
@@ -293,9 +270,10 @@ def _blocks(size: int, of: int = 1024) -> Iterator[range]:
 
 def _buffer(module: nn.Module, key: str) -> Tensor | None:
     try:
-        return module._buffers[key]  # TorchScript's dictionary has no `get`
+        found = module._buffers[key]  # TorchScript's dictionary has no `get`
     except KeyError:
         return None
+    return found if isinstance(found, Tensor) else None
 
 
 def _same(before: Place, now: Place) -> bool:

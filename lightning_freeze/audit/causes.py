@@ -173,7 +173,7 @@ def _afterwards(baseline: Baseline, position: int, scene: Scene) -> Update | Non
     parameter = baseline.tensor(position)
     assert parameter is not None
     optimizer = scene.holder(parameter)
-    watched = scene.trace is not None and scene.trace.stepped and scene.trace.complete
+    watched = scene.trace is not None and scene.trace.stepped
     if optimizer is None or watched:
         return None
     kind = type(optimizer)

@@ -42,6 +42,9 @@ class Finding:
         cause: what the audit found to be the reason, or that it found none.
         fix: what to do about it.
         since: epoch and step of the last look at which it was still right; None if there was none.
+        severity: "warning" for what may be meant so, such as a layer that never gets a gradient:
+            it is told, and never ends a fit.
+        count: at how many checks in a row the same was found, by the same cause.
     """
 
     code: str
@@ -53,6 +56,8 @@ class Finding:
     cause: str = ""
     fix: str = ""
     since: tuple[int, int] | None = None
+    severity: str = "error"
+    count: int = 1
 
     def __str__(self) -> str:
         where = f"epoch {self.epoch}, step {self.step}, rank {self.rank}"
@@ -86,10 +91,11 @@ class Seen:
     cause: str = ""
     fix: str = ""
     since: tuple[int, int] | None = None
+    severity: str = "error"
 
     def at(self, epoch: int, step: int, rank: int) -> Finding:
         """Stamp it."""
-        told = (self.message, self.cause, self.fix, self.since)
+        told = (self.message, self.cause, self.fix, self.since, self.severity)
         return Finding(self.code, self.names, epoch, step, rank, *told)
 
 

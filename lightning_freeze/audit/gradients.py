@@ -22,25 +22,48 @@ from lightning_freeze.model.index import ModelIndex, clean
 
 Why = tuple[str, str]
 
-_USE_IT = "Use its output in the loss, or freeze it; raise `dead_after` if it is used rarely."
+_USE_IT = (
+    "Use its output in the loss, or freeze it; raise `dead_after` if it is used rarely, or name it "
+    "in `ignore` if it is meant to get none."
+)
+
+
+@dataclass
+class _Gap:
+    """Steps in a row without a gradient: now, the most before, and at the last epoch's end."""
+
+    steps: int = 0
+    longest: int = 0
+    at_border: int = 0
+    told: bool = False
 
 
 @dataclass
 class GradientWatch:
     """Which parameters that train have had a gradient, and how long the others have waited.
 
-    It costs nothing once each has had one.
+    Of those that have had one it notes in how many steps of their optimizer in a row they have had
+    none: who stops getting gradients for good, is told of (see `lost`).
 
     Attributes:
         dead_after: optimizer steps without a gradient after which one counts as dead.
+        asked: whether any optimizer has stepped.
     """
 
     dead_after: int
     _waiting: dict[str, list[Any]] = field(default_factory=dict)
     _alive: set[str] = field(default_factory=set)
+    _parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    _held: dict[int, tuple[tuple[int, ...], list[tuple[str, nn.Parameter]]]] = field(
+        default_factory=dict
+    )
+    _gaps: dict[str, _Gap] = field(default_factory=dict)
+    asked: bool = False
 
     def arm(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Watch these from now on; what had a gradient before isn't waited for again."""
+        self._parameters = parameters
+        self._held, self._gaps = {}, {}
         self._alive.intersection_update(parameters)
         self._waiting = {
             name: self._waiting.get(name) or [parameter, 0]
@@ -50,6 +73,8 @@ class GradientWatch:
 
     def before_step(self, optimizer: Optimizer) -> list[str]:
         """Look at the gradients before a step; returns who has just been found dead."""
+        self.asked = True
+        self._note_gaps(optimizer)
         if not self._waiting:
             return []
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -65,6 +90,39 @@ class GradientWatch:
                 if entry[1] == self.dead_after:
                     dead.append(name)
         return dead
+
+    def _note_gaps(self, optimizer: Optimizer) -> None:
+        lengths = tuple(len(group["params"]) for group in optimizer.param_groups)
+        known = self._held.get(id(optimizer))
+        if known is None or known[0] != lengths:
+            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            pairs = [(name, p) for name, p in self._parameters.items() if id(p) in ids]
+            known = self._held[id(optimizer)] = (lengths, pairs)
+        without = [name for name, parameter in known[1] if parameter.grad is None]
+        if without or self._gaps:
+            missing = set(without).intersection(self._alive)
+            for name, parameter in known[1]:
+                gap = self._gaps.get(name)
+                if name in missing:
+                    gap = self._gaps.setdefault(name, _Gap()) if gap is None else gap
+                    gap.steps += 1
+                elif gap is not None and parameter.grad is not None:
+                    gap.longest, gap.steps = max(gap.longest, gap.steps), 0
+
+    def lost(self) -> dict[str, int]:
+        """Who had gradients and has stopped getting them: name -> steps without one.
+
+        Asked at an epoch's end. Who is used now and then isn't lost: it has to be twice as long as
+        it ever took before, `dead_after` steps at least, and so already when the epoch began.
+        """
+        found = {}
+        for name, gap in self._gaps.items():
+            least = max(self.dead_after, 2 * gap.longest)
+            if gap.steps >= least and not gap.told and gap.at_border:
+                gap.told = True
+                found[name] = gap.steps
+            gap.at_border = gap.steps
+        return found
 
     def nearly_dead(self) -> list[str]:
         """Those that will be found dead at the next step unless they get a gradient in it."""
@@ -104,7 +162,7 @@ class Probe:
         >>> probe.why("used.weight")[0]
         'Its forward pass runs under `torch.no_grad()`.'
         >>> probe.why("unused.weight")[0]
-        'Its module is never called in the forward pass.'
+        "Its module wasn't called in the batch that was looked at."
     """
 
     def __init__(self, index: ModelIndex, names: Iterable[str], fresh: Iterable[str] = ()) -> None:
@@ -154,7 +212,8 @@ class Probe:
             return (
                 "The backward pass gives it a gradient, and some code sets `.grad` to None before "
                 "the optimizer's step.",
-                "Look for code that clears gradients between the backward pass and the step.",
+                "Look for code that clears gradients between the backward pass and the step; if it "
+                "is held back on purpose, raise `dead_after`, or name it in `ignore`.",
             )
         if path in self._compiled and name in self._fresh:
             return (
@@ -166,7 +225,7 @@ class Probe:
         if calls is None:
             return ("The loss doesn't depend on it, or its forward runs under `no_grad`.", _USE_IT)
         if not calls.count:
-            return ("Its module is never called in the forward pass.", _USE_IT)
+            return ("Its module wasn't called in the batch that was looked at.", _USE_IT)
         if calls.with_gradient:
             return (
                 "Its module is called, but the loss doesn't depend on its output: the output is "

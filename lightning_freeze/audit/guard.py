@@ -36,7 +36,8 @@ from lightning_freeze.report.summary import groups_or_children
 def assert_frozen(model: nn.Module, *, ignore: Selectors = ()) -> Iterator[None]:
     """Raise when what is frozen at the start of the block isn't the same, to the bit, at its end.
 
-    Frozen parameters and the buffers of wholly frozen modules are compared. It works around any
+    Frozen parameters and the buffers of wholly frozen modules are compared, and behind the block's
+    first step those that may be weights, such as a quantised layer's. It works around any
     loop; nothing of the model is changed. While the block runs, every step of a torch optimizer is
     watched, so that the error can name the one that moved a frozen weight.
 
@@ -69,6 +70,7 @@ if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
     index = ModelIndex.of(model)
     declared = Declared.by_flags(index).without(ignored_by(index, ignore), index)
     ledger = Ledger(model, declared, index=index)
+    ledger.watch_buffers((0, 0))
     trace = Trace()
     trace.begin(ledger.baseline, ledger.index.parameters, {}, START, (0, 0))
     index.forget()
@@ -84,6 +86,8 @@ if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
         nonlocal steps
         trace.after_update(optimizer, (0, steps))
         steps += 1
+        if steps == 1 and ledger.let_move((0, 0)):
+            trace.begin(ledger.baseline, index.parameters, {}, START, (0, 1), again=True)
 
     hooks = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
@@ -91,6 +95,8 @@ if it is meant to change (a momentum encoder, a codebook), name it in `ignore`.
     finally:
         for hook in hooks:
             hook.remove()
+    if not steps:  # nothing has shown what a step writes by design
+        ledger.let_move((0, 0))
     _warn_of_another(ledger.index, optimizers.values())
     frozen = {n for n, first in ledger.index.canonical.items() if first in ledger.declared.frozen}
     scene = Scene(list(optimizers.values()), trace, shared=ledger.shared)

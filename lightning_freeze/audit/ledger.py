@@ -7,10 +7,11 @@ from dataclasses import replace
 from itertools import chain
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.audit.baseline import Baseline, Moment, Place
 from lightning_freeze.audit.causes import why_average, why_buffer_changed, why_changed
-from lightning_freeze.audit.declared import Declared
+from lightning_freeze.audit.declared import Declared, weights_in_buffers
 from lightning_freeze.audit.findings import Seen
 from lightning_freeze.audit.holdings import held_by
 from lightning_freeze.audit.identity import overlapping, replaced, split_ties
@@ -32,6 +33,8 @@ class Ledger:
         declared: what holds now; what `requires_grad` says where nothing was declared.
         baseline: what the frozen tensors were, parameters first, then buffers.
         flags: for each parameter, whether it should require a gradient.
+        also: paths of modules beside the frozen ones whose buffers are compared, once they are
+            watched (see `watch_buffers`).
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -51,7 +54,6 @@ class Ledger:
         *,
         index: ModelIndex | None = None,
         now: Moment = (0, 0),
-        parts: bool = False,
     ) -> None:
         """Take everything down.
 
@@ -60,13 +62,13 @@ class Ledger:
             declared: what holds; what `requires_grad` says where None.
             index: of the model, if there is one already.
             now: epoch and optimizer step.
-            parts: also compare slices (see `Baseline.of`).
         """
         self.model = model
         self.index = ModelIndex.of(model) if index is None else index
         self._roster = Roster(model)
-        self._parts = parts
         self._spoilt: set[str] = set()
+        self.also: tuple[str, ...] = ()
+        self._moving: frozenset[str] = frozenset()
         self.baseline = Baseline()
         self.declare(Declared.by_flags(self.index) if declared is None else declared, now)
 
@@ -79,11 +81,56 @@ class Ledger:
             name not in declared.frozen and name not in declared.ignored and can_train(parameter)
             for name, parameter in self.index.parameters.items()
         )
+        if self.also:
+            known = set(weights_in_buffers(self.index, declared))
+            self.also = tuple(path for path in self.also if path in known)
+        self._take_down(now)
+
+    def _take_down(self, now: Moment) -> None:
+        parameters = self.index.parameters.items()
         places = chain(
-            ((n, p) for n, p in self.index.parameters.items() if n in declared.frozen),
-            _buffers(self.index, declared),
+            ((n, p) for n, p in parameters if n in self.declared.frozen),
+            _buffers(self.index, self.declared, self.declared.still),
+            (
+                (name, place)
+                for name, place in _buffers(self.index, self.declared, self.also)
+                if name not in self._moving
+            ),
         )
-        self.baseline = Baseline.of(places, now, self.baseline, parts=self._parts)
+        self.baseline = Baseline.of(places, now, self.baseline)
+
+    def watch_buffers(self, now: Moment) -> bool:
+        """Before a first step: also compare buffers that may be weights.
+
+        Args:
+            now: epoch and optimizer step.
+
+        Returns:
+            Whether there are any that weren't compared before.
+        """
+        found = weights_in_buffers(self.index, self.declared)
+        if found == self.also:
+            return False
+        self.also = found
+        self._take_down(now)
+        return True
+
+    def let_move(self, now: Moment) -> bool:
+        """Behind the first step: what of those was written in it, moves by design.
+
+        Args:
+            now: epoch and optimizer step.
+
+        Returns:
+            Whether any was.
+        """
+        names = {name for name, _ in _buffers(self.index, self.declared, self.also)}
+        positions = [p for p, name in enumerate(self.baseline.names) if name in names]
+        moved = {self.baseline.names[p] for p in self.baseline.changed(positions)}
+        self._moving |= moved
+        if moved:
+            self._take_down(now)
+        return bool(moved)
 
     def digests(self) -> dict[str, str]:
         """Name -> fingerprint of every frozen parameter and buffer when it was frozen."""
@@ -121,6 +168,7 @@ class Ledger:
             held = held_by(scene.optimizers)
             seen += split_ties(self.index, now) + replaced(self.index, now, held)
             self._follow_buffers(now)
+            seen += self._without_owner(now)
         if self.shared:
             held = held_by(scene.optimizers)
             names = frozenset(now.name_of[key] for key in held if key in now.name_of)
@@ -206,6 +254,28 @@ class Ledger:
                 if module is not None and module is not self.baseline.owner(position):
                     self.baseline.move(position, module)
 
+    def _without_owner(self, now: ModelIndex) -> list[Seen]:
+        """Buffers of modules without parameters that aren't in the model any more."""
+        there = {id(module) for module in now.modules.values()}
+        names = []
+        for position, name in enumerate(self.baseline.names):
+            owner = self.baseline.owner(position)
+            if owner is not None and id(owner) not in there and not list(owner.parameters()):
+                names.append(name)
+        if not names:
+            return []
+        path = now.owner(names[0])
+        there_now = type(now.modules[path]).__name__ if path in now.modules else "nothing"
+        return [
+            Seen(
+                "parameter-replaced",
+                tuple(names),
+                f"the module of the buffers {some(names)} isn't in the model any more",
+                f"At `{path}` there is {there_now} now.",
+                "Change the model before the fit.",
+            )
+        ]
+
     def _moving_partners(self, scene: Scene) -> dict[str, str]:
         """Of the tensors that share memory with frozen ones, those that an optimizer moves."""
         return {
@@ -260,14 +330,17 @@ class Ledger:
         return seen
 
 
-def _buffers(index: ModelIndex, declared: Declared) -> Iterator[tuple[str, Place]]:
+def _buffers(
+    index: ModelIndex, declared: Declared, paths: Iterable[str]
+) -> Iterator[tuple[str, Place]]:
     """Buffers that are part of the weights; derived ones (non-persistent) may be recomputed."""
-    for path in declared.still:
+    for path in paths:
         module = index.modules[path]
         for key, buffer in module._buffers.items():
             name = f"{path}.{key}" if path else key
             if (
-                buffer is not None
+                isinstance(buffer, Tensor)
+                and not is_lazy(buffer)
                 and key not in module._non_persistent_buffers_set
                 and name not in declared.ignored
             ):

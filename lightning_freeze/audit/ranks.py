@@ -38,7 +38,9 @@ def digests_of(ledger: Ledger) -> RankDigests:
     buffers = {}
     for position, name in enumerate(baseline.names):
         tensor = baseline.tensor(position)
-        if tensor is not None and baseline.is_buffer(position):
+        # what may be a weight, or a queue of each rank's own, isn't compared
+        own = ledger.index.owner(name) in ledger.also
+        if tensor is not None and baseline.is_buffer(position) and not own:
             buffers[name] = tensor
     whole = {n: t for n, t in {**named, **buffers}.items() if not hasattr(t, "to_local")}
     listed = list(whole)

@@ -25,6 +25,7 @@ class Record:
 
     Attributes:
         findings: in the order in which they were found.
+        inherited: how many of them are those of the checkpoint that the fit was resumed from.
         moments: who trained when; after very many changes one an epoch (see `fold`).
         groups: the layer groups, bottom to top.
         checks: how often everything was compared.
@@ -34,7 +35,6 @@ class Record:
         epochs: epochs that have ended.
         fresh: names of what was re-initialised before the fit.
         ignored: number of tensors of which nothing is said, because the user asked for it.
-        steps_per_round: with slices, how many steps one full round takes; 0 without.
         cache: what a cache of frozen features did; None without one.
         unreached: names that a schedule was to train, and that never trained.
     """
@@ -47,7 +47,8 @@ class Record:
     frozen: Mapping[str, str] = field(default_factory=dict)
     alive: int = 0
     epochs: float = 0.0
-    steps_per_round: int = 0
+    inherited: int = 0
+    _last: dict[tuple[str, str, str], int] = field(default_factory=dict)
     fresh: frozenset[str] = frozenset()
     ignored: int = 0
     cache: Mapping[str, Any] | None = None
@@ -62,29 +63,43 @@ class Record:
         """Take down where a run is."""
         self.frozen = run.ledger.digests()
         self.alive = len(run.watch.alive)
-        self.steps_per_round = run.rolling.expected_round if run.rolling else 0
 
-    def keep(self, findings: Iterable[Finding], *, by_cause: bool = False) -> list[Finding]:
+    def keep(self, findings: Iterable[Finding]) -> list[Finding]:
         """Add what is new, and return it.
 
-        The same names aren't told of twice for one code, nor the same cause in another grouping.
+        A finding is one event. That a tensor changed is told again whenever it changes again; only
+        where the check before found the same by the same cause, it is counted there. What stands,
+        such as a flag, is told once in a fit. What the fit of a checkpoint was told, isn't known.
 
         Args:
-            findings: what was found, by all ranks.
-            by_cause: whether the same tensors with another cause are something new.
+            findings: what a check found, on all ranks.
         """
-        told = {_key(finding, by_cause) for finding in self.findings}
-        names: dict[tuple[str, str], set[str]] = {}
-        for finding in self.findings:
-            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
+        own = self.findings[self.inherited :]
+        told = {(f.code, f.names, f.severity) for f in own}
+        names: dict[tuple[str, str, str], set[str]] = {}
+        for finding in own:
+            names.setdefault(_kind(finding), set()).update(finding.names)
+        last, self._last = self._last, {}
         new: list[Finding] = []
         for finding in findings:
-            known = names.get((finding.code, finding.cause))
-            again = known is not None and known.issuperset(finding.names)
-            if again or _key(finding, by_cause) in told:
-                continue
-            told.add(_key(finding, by_cause))
-            names.setdefault((finding.code, finding.cause), set()).update(finding.names)
+            kind = _kind(finding)
+            if finding.code in CHANGED:
+                place = last.get(kind)
+                if place is not None and set(finding.names) <= set(self.findings[place].names):
+                    before = self.findings[place]
+                    self.findings[place] = replace(before, count=before.count + 1)
+                    self._last[kind] = place
+                    continue
+                if any(kind == _kind(f) and set(finding.names) <= set(f.names) for f in new):
+                    continue  # another rank's
+                self._last[kind] = len(self.findings) + len(new)
+            else:
+                known = names.get(kind)
+                again = known is not None and known.issuperset(finding.names)
+                if again or (kind[0], finding.names, kind[1]) in told:
+                    continue
+                told.add((kind[0], finding.names, kind[1]))
+                names.setdefault(kind, set()).update(finding.names)
             new.append(finding)
         self.findings += new
         return new
@@ -131,14 +146,10 @@ class Record:
             codes = ", ".join(sorted({finding.code for finding in self.findings}))
             many = "1 finding" if len(self.findings) == 1 else f"{len(self.findings)} findings"
             return f"Audit: {many} ({codes}) in {self.checks} checks."
-        slices = ""
-        if self.steps_per_round:
-            many = "step" if self.steps_per_round == 1 else "steps"
-            slices = f" A full round of slices takes {self.steps_per_round} {many}."
         return (
-            f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit for "
-            f"as long as it was frozen ({len(self.frozen) or 'no'} tensors are at the end); "
-            f"{self.alive} trainable tensors had gradients.{slices}{self._spared}{self._late}"
+            f"Audit: clean in {self.checks} checks. What was frozen was unchanged to the bit at "
+            f"each of them ({len(self.frozen) or 'no'} tensors are frozen at the end); "
+            f"{self.alive} trainable tensors had gradients.{self._spared}{self._late}"
         )
 
     @property
@@ -198,7 +209,6 @@ class Record:
             "verdict": self.verdict,
             "clean": not self.findings,
             "checks": self.checks,
-            "steps_per_round": self.steps_per_round,
             "findings": [finding.to_dict() for finding in self.findings],
             "layer_groups": [group.name for group in self.groups],
             "moments": [moment.to_dict() for moment in self.moments],
@@ -221,9 +231,8 @@ class Record:
         return plot_timeline(self.moments, names, path, end=self.epochs or None, marks=marks)
 
 
-def _key(finding: Finding, by_cause: bool) -> tuple[Any, ...]:
-    cause = finding.cause if by_cause and finding.code in CHANGED else ""
-    return finding.code, finding.names, cause
+def _kind(finding: Finding) -> tuple[str, str, str]:
+    return finding.code, finding.severity, finding.cause
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 from torch import nn
@@ -15,28 +14,26 @@ from torch.optim import Optimizer
 from lightning_freeze.audit import trace as looks
 from lightning_freeze.audit.baseline import Moment
 from lightning_freeze.audit.declared import Declared
-from lightning_freeze.audit.findings import CHANGED, Finding, Seen
+from lightning_freeze.audit.findings import CHANGED, Seen
 from lightning_freeze.audit.gradients import GradientWatch, Probe, of_all_held
 from lightning_freeze.audit.holdings import check_optimizers, held_by, hidden
 from lightning_freeze.audit.ledger import Ledger
 from lightning_freeze.audit.moods import is_dropout
-from lightning_freeze.audit.rolling import Pace, Rolling
 from lightning_freeze.audit.scene import Average, Scene, nobody
 from lightning_freeze.audit.switches import fell_asleep, lively
-from lightning_freeze.audit.unfrozen import Movement, never_stepped, not_moved, without_gradient
+from lightning_freeze.audit.unfrozen import (
+    Movement,
+    by_group,
+    never_stepped,
+    not_moved,
+    without_gradient,
+)
 from lightning_freeze.errors import FreezeError
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, some
 from lightning_freeze.model.layer_groups import LayerGroup
 
-# shares of a step's time: noting who writes, and comparing slices
-_FOR_NOTES = 0.002
-_FOR_SLICES = 0.005
-# notes that take no longer than this are always taken, unless a share is asked for
-_ALWAYS = 3e-4
 # what was right when everything was compared last, if no look saw it going wrong
 _DATED = (*CHANGED, "parameter-replaced", "tie-split")
-# steps after each change in which they are taken in any case: the first ones are slow
-_FIRST = 5
 
 
 class AuditRun:
@@ -45,7 +42,6 @@ class AuditRun:
     Attributes:
         ledger: the frozen side.
         watch: gradients of the unfrozen side.
-        rolling: the slices, if they are asked for.
         clock: epoch and optimizer step of the last look.
         averages: gives the averaged copies of the model that callbacks keep.
         who: says which code runs between two looks.
@@ -62,7 +58,6 @@ class AuditRun:
         now: Moment,
         dead_after: int,
         managed: bool = False,
-        rolling: bool = False,
         omitted: frozenset[str] = frozenset(),
         averages: Callable[[], Sequence[Average]] = tuple,
         who: Callable[[str, str], str] = nobody,
@@ -81,7 +76,6 @@ class AuditRun:
             now: epoch and optimizer step.
             dead_after: steps without a gradient after which a trainable parameter counts as dead.
             managed: whether callbacks of ours freeze and unfreeze; otherwise it is done by hand.
-            rolling: compare a slice at each step.
             omitted: names that no optimizer needs to hold.
             averages: gives averaged copies.
             who: says which code runs between two looks.
@@ -95,12 +89,11 @@ class AuditRun:
         self._batches_per_step = batches_per_step
         self._idle = 0
         self._lively: tuple[str, ...] | None = None
-        self.ledger = Ledger(model, declared, index=index, now=now, parts=rolling)
+        self.ledger = Ledger(model, declared, index=index, now=now)
         self.watch = GradientWatch(dead_after)
         self.clock = now
         self.averages = averages
         self.who = who
-        self.rolling = Rolling(self.ledger.baseline) if rolling else None
         self._groups = groups
         self._optimizers = optimizers
         self._omitted = omitted
@@ -116,17 +109,12 @@ class AuditRun:
         self._closed: set[int] = set()
         self._movement = Movement()
         self._trace = looks.Trace()
-        self._notes, self._slices = Pace(_FOR_NOTES), Pace(_FOR_SLICES)
-        self._cost_of_notes = 0.0
-        self._noting = True
-        self._owed = _FIRST
-        self._step_began = 0.0
-        self._spent = 0.0
         self._probe: Probe | None = None
         self._queue: list[Seen] = []
-        self._hunted: frozenset[str] = frozenset()
         self._looked_for_hidden = False
         self._compared = now
+        self._before_first_step = True
+        self._settling = False
         self._arm(now)
         # flags were declared when the fit was set up; since then other code may have run
         self._begin(looks.BEGIN, now, self.ledger.flags)
@@ -154,9 +142,10 @@ class AuditRun:
         return bool(self._queue)
 
     @property
-    def hunting(self) -> bool:
-        """Whether some tensors are read at every look, to see who writes them."""
-        return bool(self._hunted)
+    def flipped_at_border(self) -> bool:
+        """Whether flags were flipped behind an epoch's last batch or validation, only there."""
+        flips = self._trace.flips.values()
+        return bool(flips) and all(flip.before == looks.EPOCH_END for flip in flips)
 
     def _begin(
         self, label: str, now: Moment, flags: bytes | None = None, *, again: bool = False
@@ -164,16 +153,13 @@ class AuditRun:
         baseline, parameters = self.ledger.baseline, self.ledger.index.parameters
         quiet = self.ledger.quiet
         self._trace.begin(baseline, parameters, quiet, label, now, flags, again=again)
-        self._owed = _FIRST
-        if self.rolling is not None:
-            self.rolling.begin(baseline)
 
     def declare(self, declared: Declared, now: Moment) -> None:
         """Something froze or unfroze."""
         self.ledger.declare(declared, now)
         self._frozen_always &= declared.frozen
-        self._hunted = frozenset()
         self._lively = None
+        self._before_first_step = True
         self._stop_probe()
         self._arm(now)
         self._begin(looks.EPOCH, now)
@@ -198,24 +184,20 @@ class AuditRun:
 
     def batch_starts(self, now: Moment) -> None:
         """Before a batch's forward pass."""
-        began = perf_counter()
         self.clock = now
         if self._lively is None:  # here every hook at an epoch's start has run
             self._lively = lively(self.ledger.index)
-        cheap = self.rolling is None and self._cost_of_notes <= _ALWAYS
-        affordable = cheap or self._notes.credit >= self._cost_of_notes
-        self._noting = affordable or self._owed > 0 or self.hunting
-        if self._noting:
-            self._owed -= 1
-            self._trace.look(looks.START, now)
-            self._trace.look_at_flags(looks.START, now)
-        else:
-            self._trace.skip()
+        self._trace.look(looks.START, now)
+        self._trace.look_at_flags(looks.START, now)
+        if self._before_first_step:
+            self._before_first_step = False
+            if self.ledger.watch_buffers(now):
+                self._settling = True
+                self._begin(looks.START, now, again=True)
         dying = self.watch.nearly_dead()
         if dying and self._probe is None:
             index = self.ledger.index
             self._probe = Probe(index, dying, self._frozen_first.intersection(dying))
-        self._spent = perf_counter() - began
 
     def step_starts(self, optimizer: Optimizer, now: Moment) -> None:
         """Before an optimizer's `step`, and before the closure that most of them call in it."""
@@ -224,7 +206,6 @@ class AuditRun:
 
     def update_starts(self, optimizer: Optimizer, now: Moment) -> None:
         """Before an optimizer changes anything."""
-        began = perf_counter()
         self._updating = True
         params = (p for group in optimizer.param_groups for p in group["params"])
         self._without = None if any(p.grad is not None for p in params) else optimizer
@@ -237,9 +218,7 @@ class AuditRun:
             self._tell_of_dead(dead)
         if self.ledger.baseline.settle():
             self._begin(looks.UPDATE, now, again=True)
-        if self._noting:
-            self._trace.before_update(optimizer, now)
-        self._spent += perf_counter() - began
+        self._trace.before_update(optimizer, now)
 
     def update_ends(self, optimizer: Optimizer, now: Moment) -> None:
         """After it."""
@@ -247,54 +226,39 @@ class AuditRun:
         if not self._updating:  # it doesn't call the closure, in which `update_starts` is called
             self._closed.add(id(optimizer))
         self._updating = False
-        if self._noting:
-            began = perf_counter()
-            self._trace.after_update(optimizer, now)
-            self._spent += perf_counter() - began
+        if self._movement.due(self.watch.dead_after):
+            self._movement.note_reasons(optimizer)
+        self._trace.after_update(optimizer, now)
 
     def batch_ends(self, now: Moment) -> None:
-        """After a batch; compares a slice, if slices are asked for."""
-        began = perf_counter()
-        self.clock = now
-        if self._noting:
-            self._trace.look(looks.END, now)
-            self._trace.look_at_flags(looks.END, now)
+        """After a batch."""
+        self.look(looks.END, now)
+        if self._settling and self.watch.asked and not self._idle:
+            self._settling = False
+            if self.ledger.let_move(now):
+                self._begin(looks.END, now, again=True)
         if self._movement.due(self.watch.dead_after):
-            self.check_movement()  # gradients are still there
+            self.check_movement()
         self._count_idle()
-        ended = perf_counter()
-        self._spent += ended - began
-        if self._step_began:
-            step = max(0.0, ended - self._step_began - self._spent)
-            self._notes.step(step)
-            self._slices.step(step)
-        if self._noting:
-            # one slow step is no reason to look away
-            self._cost_of_notes = min(self._spent, 1.2 * (self._cost_of_notes or self._spent))
-            self._notes.spend(self._spent)
-        self._step_began = ended
-        if self.rolling is not None and self._slices.credit > 0:
-            changed = self.rolling.advance(self._slices.credit)
-            if changed:
-                self._queue += self.ledger.changes(changed, self.scene, self.ledger.now())
-            self._step_began = perf_counter()
-            self._slices.spend(self._step_began - ended)
 
     def _count_idle(self) -> None:
         self._idle += 1
         every = self._batches_per_step()
         if every and self._idle == self.watch.dead_after * every and self.watch.waits:
-            held = held_by(self._optimizers())
-            parameters = self.ledger.index.parameters
-            names = [n for n, p in parameters.items() if p.requires_grad and id(p) in held]
-            self._queue += never_stepped(self._groups, names, self._idle)
+            self._queue += self._never_stepped("warning")
+
+    def _never_stepped(self, severity: str) -> list[Seen]:
+        held = held_by(self._optimizers())
+        ignored, parameters = self.ledger.declared.ignored, self.ledger.index.parameters
+        trains = ((n, p) for n, p in parameters.items() if p.requires_grad and n not in ignored)
+        names = [n for n, p in trains if id(p) in held]
+        return never_stepped(self._groups, names, self._idle, severity)
 
     def look(self, label: str, now: Moment) -> None:
         """At any other place of the loop."""
         self.clock = now
         self._trace.look(label, now)
         self._trace.look_at_flags(label, now)
-        self._step_began = 0.0  # what went on since the last batch was no step
 
     def asleep(self) -> list[str]:
         """Paths of modules with dropout that are in eval mode although they train."""
@@ -339,10 +303,7 @@ class AuditRun:
             else replace(item, since=self._compared)
             for item in self.ledger.check(self.scene, flags=flags, always=self._frozen_always)
         ]
-        # what a slice showed is part of what all of them show
-        seen = [item for item in self._queue if not any(_covers(one, item) for one in found)]
-        seen += found
-        self._queue = []
+        seen, self._queue = self._queue + found, []
         self._compared = self.clock = now
         if flags:
             index = self.ledger.now()
@@ -384,25 +345,44 @@ class AuditRun:
     def epoch_ends(self, now: Moment) -> None:
         """Behind an epoch's last batch and its validation."""
         self.look(looks.EPOCH_END, now)
-        self.check_movement()
+        self._nothing_stepped(times=3)  # who accumulates gradients by hand does it for so long
+        self._queue += self._lost()
         if not self._looked_for_hidden:
             self._looked_for_hidden = True
             self._queue += hidden(self.ledger.model, self._optimizers())
 
-    def hunt(self, found: Iterable[Finding], now: Moment) -> None:
-        """Something changed: from now on see at every look who changes it again."""
-        names = {name for item in found if item.code in CHANGED for name in item.names}
+    def fit_ends(self) -> None:
+        """Behind the last epoch."""
+        self._nothing_stepped(times=1)
+
+    def _nothing_stepped(self, *, times: int) -> None:
+        least = times * self.watch.dead_after * self._batches_per_step()
+        if least and self._idle >= least and not self.watch.asked:
+            self._queue += self._never_stepped("error")
+
+    def _lost(self) -> list[Seen]:
+        lost = self.watch.lost()
+        return [
+            Seen(
+                "no-gradient",
+                names,
+                f"{some(names)} had gradients, and has had none for "
+                f"{min(lost[name] for name in names)} optimizer steps",
+                "Its output isn't used in the loss any more, or is detached.",
+                "Freeze what is not to train any more, through these callbacks; name it in "
+                "`ignore` if it is meant to get none.",
+            )
+            for names in by_group(self._groups, lost).values()
+        ]
+
+    def renew(self, seen: Iterable[Seen], now: Moment) -> None:
+        """Changes have been told of: from now on compare with what these tensors are now."""
+        names = {name for item in seen if item.code in CHANGED for name in item.names}
         baseline = self.ledger.baseline
         positions = [p for p, name in enumerate(baseline.names) if name in names]
-        baseline.renew(positions, now)
-        self._begin(looks.EPOCH_END, now, again=True)
-        self._hunted = frozenset(names)
-        self._trace.suspect(names)
-
-    def give_up(self, now: Moment) -> None:
-        """The hunt's epoch is over."""
-        self._hunted = frozenset()
-        self._begin(looks.EPOCH_END, now, again=True)
+        if positions:
+            baseline.renew(positions, now)
+            self._trace.forget(names)
 
     def last_words(self) -> list[Seen]:
         """When an exception ends the fit: what wasn't told yet, and what is wrong now.
@@ -423,10 +403,11 @@ class AuditRun:
     def _tell_of_dead(self, dead: list[str], steps: int = 0) -> None:
         probe = self._probe or Probe(self.ledger.index, ())
         holder = of_all_held(dead, self.ledger.index, self._optimizers())
-        for seen in without_gradient(self._groups, dead, steps or self.watch.dead_after, probe.why):
+        severity = "warning" if self.watch.alive or not holder else "error"
+        many = steps or self.watch.dead_after
+        for seen in without_gradient(self._groups, dead, many, probe.why, severity):
             if holder:
-                cause = f"Nothing that {holder} holds has one. {seen.cause}"
-                seen = Seen(seen.code, seen.names, seen.message, cause, seen.fix)
+                seen = replace(seen, cause=f"Nothing that {holder} holds has one. {seen.cause}")
             self._queue.append(seen)
         self._stop_probe()
 
@@ -438,8 +419,3 @@ class AuditRun:
     def stop(self) -> None:
         """Leave the model as it was found."""
         self._stop_probe()
-
-
-def _covers(one: Seen, other: Seen) -> bool:
-    same = (one.code, one.cause) == (other.code, other.cause)
-    return same and set(one.names).issuperset(other.names)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -92,22 +92,53 @@ def shared_memory(index: ModelIndex) -> tuple[dict[str, str], dict[str, str]]:
     Returns:
         Name of a frozen one -> name of a trainable one, and of a frozen one -> another frozen one.
     """
-    spans: list[tuple[int, int, str]] = []
+    spans: list[tuple[int, int, str, nn.Parameter]] = []
     for name, parameter in index.parameters.items():
         if is_lazy(parameter) or parameter.device.type == "meta" or not parameter.numel():
             continue
         begin = address(parameter)
         if begin:
-            spans.append((begin, begin + parameter.nbytes, name))
-    spans.sort()
+            spans.append((begin, begin + _extent(parameter), name, parameter))
+    spans.sort(key=lambda span: span[:3])
     found: dict[str, str] = {}
     twins: dict[str, str] = {}
-    for (_, end, name), (begin, _, other) in pairwise(spans):
-        if begin >= end:
-            continue
-        pair = {index.parameters[n].requires_grad: n for n in (name, other)}
-        if len(pair) == 2:
-            found[pair[False]] = pair[True]
-        elif False in pair:
-            twins |= {name: other, other: name}
+    around: list[tuple[int, int, str, nn.Parameter]] = []
+    for begin, end, name, parameter in spans:
+        around = [span for span in around if span[1] > begin]
+        for _, _, other, partner in around:
+            if parameter.requires_grad and partner.requires_grad:
+                continue
+            if not _overlap(parameter, partner):
+                continue
+            if parameter.requires_grad or partner.requires_grad:
+                pair = {parameter.requires_grad: name, partner.requires_grad: other}
+                found.setdefault(pair[False], pair[True])
+            else:
+                twins |= {name: other, other: name}
+        around.append((begin, end, name, parameter))
     return found, twins
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to behind its last; it may leave some out between."""
+    if tensor.layout is not torch.strided:
+        return tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride())
+    return (sum((size - 1) * stride for size, stride in steps) + 1) * tensor.element_size()
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors whose extents overlap have an element in common."""
+    if one.layout is not torch.strided or other.layout is not torch.strided:
+        return True
+    if one.is_contiguous() and other.is_contiguous():
+        return True
+    size = one.element_size()
+    if other.element_size() != size or (address(one) - address(other)) % size:
+        return True
+    first = min(address(one), address(other))
+    places = []
+    for tensor in (one, other):
+        inside = torch.arange(_extent(tensor) // size).as_strided(tensor.shape, tensor.stride())
+        places.append(inside.flatten() + (address(tensor) - first) // size)
+    return bool(torch.isin(*places).any())

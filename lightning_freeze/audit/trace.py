@@ -30,7 +30,6 @@ EPOCH_END = "an epoch's end"
 BEGIN = "the fit's setup"
 FIT = "the fit's start"
 FIT_END = "the fit's end"
-SKIPPED = "an earlier step"
 
 
 def of_torch(optimizer: Optimizer) -> bool:
@@ -98,7 +97,6 @@ class Trace:
         flips: name of a parameter -> when its flag changed.
         modes: path of a module -> when its mode changed.
         stepped: classes of the optimizers that have stepped.
-        complete: whether no step went by unwatched.
     """
 
     def __init__(self) -> None:
@@ -107,7 +105,6 @@ class Trace:
         self.flips: dict[str, Flip] = {}
         self.modes: dict[str, Flip] = {}
         self.stepped: set[str] = set()
-        self.complete = True
         self._baseline = Baseline()
         self._frozen: list[Tensor] = []
         self._buffers: list[int] = []
@@ -122,7 +119,6 @@ class Trace:
         self._held: dict[int, tuple[tuple[int, ...], list[int]]] = {}
         self._odd: dict[int, tuple[str, bytes]] = {}
         self._steps: dict[int, int] = {}
-        self._suspects: dict[int, bytes] = {}
 
     def begin(
         self,
@@ -149,7 +145,6 @@ class Trace:
         names = set(baseline.names)
         self.updates = {name: note for name, note in self.updates.items() if name in names}
         self.writes = {name: note for name, note in self.writes.items() if name in names}
-        self.complete = True
         self.stepped.clear()
         if not again:
             self.flips.clear()
@@ -157,7 +152,6 @@ class Trace:
         self._held.clear()
         self._odd.clear()
         self._steps.clear()
-        self._suspects.clear()
         self._baseline = baseline
         self._parameters = parameters
         self._quiet = quiet
@@ -170,25 +164,21 @@ class Trace:
         self._modes = bytes([module.training for module in quiet.values()])
         self._last = self._last_flags = (label, now)
 
-    def suspect(self, names: Iterable[str]) -> None:
-        """Read these at every look from now on, to see who writes them even past autograd."""
-        wanted = set(names)
+    def forget(self, names: Iterable[str]) -> None:
+        """What was noted of these has been told: a later write is another one."""
+        gone = set(names)
+        for name in gone:
+            self.updates.pop(name, None)
+            self.writes.pop(name, None)
         for position, name in enumerate(self._baseline.names):
-            if name in wanted:
-                self._suspects[position] = self._baseline.read(position)
-                self.updates.pop(name, None)
-                self.writes.pop(name, None)
+            if name in gone:
+                self._versions[position] = versions((self._frozen[position],))[0]
 
     def since(self, names: Iterable[str]) -> Moment | None:
         """The last moment at which all of these were right, if they were seen to be written."""
         notes = [self.updates.get(name) or self.writes.get(name) for name in names]
         known = [note.at for note in notes if note is not None]
         return min(known) if known and len(known) == len(notes) else None
-
-    @property
-    def hunting(self) -> bool:
-        """Whether some tensors are read at every look."""
-        return bool(self._suspects)
 
     def look(self, label: str, now: Moment) -> None:
         """See which frozen tensors were written since the last look."""
@@ -203,11 +193,6 @@ class Trace:
             if tensor is not None and tensor is not self._frozen[position]:  # assigned anew
                 self._frozen[position] = tensor
                 self._note(position, label, silent=False)
-        for position, value in self._suspects.items():
-            found = self._baseline.read(position)
-            if found != value:
-                self._suspects[position] = found
-                self._note(position, label, silent=True)
         self._last = (label, now)
 
     def _note(self, position: int, label: str, *, silent: bool) -> None:
@@ -265,8 +250,6 @@ class Trace:
             name = self._baseline.names[position]
             self.updates.setdefault(name, Update(kind, gradient, flag, at))
             self._versions[position] = fresh[position]
-            if position in self._suspects:
-                self._suspects[position] = self._baseline.read(position)
         self._odd.clear()
         self.look(UPDATED, now)
 
@@ -279,11 +262,6 @@ class Trace:
             return False
         count = self._steps[id(optimizer)] = self._steps.get(id(optimizer), 0) + 1
         return count <= 3 or count & (count - 1) == 0
-
-    def skip(self) -> None:
-        """A step goes by without looks: what is found after it was written at some time in it."""
-        self._last = (SKIPPED, self._last[1])
-        self.complete = False
 
     def _held_by(self, optimizer: Optimizer) -> list[int]:
         """Positions of the frozen tensors that an optimizer holds."""

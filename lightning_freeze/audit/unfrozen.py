@@ -30,7 +30,11 @@ def by_group(groups: Iterable[LayerGroup], names: Iterable[str]) -> dict[str, tu
 
 
 def without_gradient(
-    groups: Iterable[LayerGroup], names: Iterable[str], steps: int, why: Callable[[str], Why]
+    groups: Iterable[LayerGroup],
+    names: Iterable[str],
+    steps: int,
+    why: Callable[[str], Why],
+    severity: str = "error",
 ) -> list[Seen]:
     """Findings for parameters that waited `steps` steps for a gradient: one a group and cause."""
     found: dict[tuple[str, Why], list[str]] = {}
@@ -45,6 +49,7 @@ def without_gradient(
             f"no gradient {f'for {steps} optimizer steps' if steps > 1 else 'in a step'} although "
             "trainable",
             *reason,
+            severity=severity,
         )
         for (group, reason), members in found.items()
     ]
@@ -57,10 +62,12 @@ class Stuck:
     Attributes:
         steps: optimizer steps at a learning rate above zero since it began to train.
         lr: the last such learning rate.
+        why: what its gradient said behind the last update; None where nobody looked.
     """
 
     steps: int
     lr: float
+    why: Why | None = None
 
 
 class Movement:
@@ -76,6 +83,7 @@ class Movement:
         self._lrs: dict[tuple[int, int], float] = {}
         self._before: dict[int, dict[tuple[int, int], int]] = {}
         self._looked = 0
+        self._reasons: dict[str, Why | None] = {}
 
     def arm(self, parameters: Mapping[str, nn.Parameter], now: Moment) -> None:
         """Watch these; what is watched already goes on, what isn't among them is forgotten.
@@ -93,6 +101,7 @@ class Movement:
         waits = {step for _, step in self._began.since}
         self._before = {step: counts for step, counts in self._before.items() if step in waits}
         self._looked = self._most()
+        self._reasons = {}
 
     def step(self, optimizer: Optimizer) -> None:
         """Before each step: at the very beginning of a warm-up nothing is expected to move."""
@@ -114,9 +123,23 @@ class Movement:
         """Whether so many steps have gone by since it was looked at last."""
         return bool(len(self._began)) and self._most() - self._looked >= least
 
+    def note_reasons(self, optimizer: Optimizer) -> None:
+        """Behind an update: what gradients say, before a `zero_grad` or a validation clears them.
+
+        Args:
+            optimizer: which has just stepped.
+        """
+        held = {id(p): g.get("lr") for g in optimizer.param_groups for p in g["params"]}
+        for position, name in enumerate(self._began.names):
+            tensor = self._began.tensor(position)
+            if tensor is not None and id(tensor) in held:
+                lr = held[id(tensor)]
+                self._reasons[name] = _why_unmoved(tensor, optimizer, 1.0 if lr is None else lr)
+
     def unmoved(self, optimizers: Sequence[Optimizer]) -> dict[str, Stuck]:
         """What hasn't moved, by name; forgets what has."""
         self._looked = self._most()
+        reasons, self._reasons = self._reasons, {}
         moved = set(self._began.changed())
         self._moved = self._moved.union(self._began.names[position] for position in moved)
         left = [p for p in range(len(self._began)) if p not in moved]
@@ -136,7 +159,8 @@ class Movement:
             key = group_of.get(id(tensor))
             if key is not None:
                 before = self._before.get(began, {}).get(key, 0)
-                found[name] = Stuck(self._steps.get(key, 0) - before, self._lrs.get(key, 0.0))
+                steps, lr = self._steps.get(key, 0) - before, self._lrs.get(key, 0.0)
+                found[name] = Stuck(steps, lr, reasons.get(name))
         return found
 
 
@@ -175,7 +199,8 @@ def not_moved(
             if name not in unmoved or unmoved[name].steps < least:
                 continue
             parameter = parameters[name]
-            why = _why_unmoved(parameter, held[id(parameter)], unmoved[name].lr)
+            lr = unmoved[name].lr
+            why = unmoved[name].why or _why_unmoved(parameter, held[id(parameter)], lr)
             if why is not None:
                 stuck.setdefault(why, []).append(name)
         for why, names in stuck.items():
@@ -192,13 +217,16 @@ def not_moved(
     return seen
 
 
-def never_stepped(groups: Iterable[LayerGroup], names: Iterable[str], batches: int) -> list[Seen]:
+def never_stepped(
+    groups: Iterable[LayerGroup], names: Iterable[str], batches: int, severity: str
+) -> list[Seen]:
     """No optimizer has stepped in so many batches: one finding a layer group.
 
     Args:
         groups: the layer groups.
         names: what trains.
         batches: how many have gone by.
+        severity: of the findings; an accumulation of one's own may be meant.
     """
     return [
         Seen(
@@ -207,7 +235,9 @@ def never_stepped(groups: Iterable[LayerGroup], names: Iterable[str], batches: i
             f"`{group}` trains, but no optimizer has stepped in {batches} batches",
             "`optimizer.step` isn't called: an `optimizer_step` or `training_step` of the module "
             "leaves it out.",
-            "Call `optimizer.step(closure)` in an override of `optimizer_step`.",
+            "Call `optimizer.step(closure)` in an override of `optimizer_step`; raise `dead_after` "
+            "if it accumulates gradients over more batches.",
+            severity=severity,
         )
         for group, members in by_group(groups, names).items()
     ]
@@ -228,7 +258,7 @@ _KEPT: Why = (
 )
 
 
-def _why_unmoved(parameter: nn.Parameter, optimizer: Optimizer, lr: float) -> Why | None:
+def _why_unmoved(parameter: Tensor, optimizer: Optimizer, lr: float) -> Why | None:
     """What its gradient says; None where it has none at present."""
     gradient = parameter.grad
     if gradient is None:

@@ -34,18 +34,19 @@ class Judge:
             alone: the fit is over, and the ranks with it: this one speaks for itself.
 
         Raises:
-            AuditError, FrozenWeightsChanged: with `on_violation="raise"`.
+            AuditError, FrozenWeightsChanged: with `on_violation="raise"`, for all but warnings.
         """
         mine = _stamped(trainer, seen)
         new = self._keep(trainer, run, [mine] if alone else from_all_ranks(mine, "findings"))
-        if new and self._raises:
+        serious = [finding for finding in new if finding.severity == "error"]
+        if serious and self._raises:
             # not in `on_exception` alone: processes that a launcher started never get there
             self._papers.write(trainer, run)
             if not alone:
                 from_all_ranks(
                     None, "the end of an audit"
                 )  # the first to raise ends the others, also while they write
-            raise known_to_all(error_for(new))
+            raise known_to_all(error_for(serious))
         return new
 
     def note(self, trainer: Trainer, run: AuditRun, seen: list[Seen]) -> None:
@@ -54,10 +55,11 @@ class Judge:
 
     def _keep(self, trainer: Trainer, run: AuditRun, found: list[list[Finding]]) -> list[Finding]:
         listed = [finding for each in found for finding in each]
-        new = self._record.keep(listed, by_cause=run.hunting)
-        if not self._raises and trainer.is_global_zero:
+        new = self._record.keep(listed)
+        if trainer.is_global_zero:
             for finding in new:
-                warnings.warn(str(finding), stacklevel=3)
+                if not self._raises or finding.severity == "warning":
+                    warnings.warn(str(finding), stacklevel=3)
         return new
 
 

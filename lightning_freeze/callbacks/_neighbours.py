@@ -61,7 +61,6 @@ _IN_BETWEEN = {
         "on_validation_epoch_end",
     ),
 }
-_MOST = 3
 _LIBRARIES = ("lightning", "pytorch_lightning", "lightning_freeze")
 
 
@@ -76,9 +75,7 @@ def who_runs(trainer: Trainer, ours: Callback, after: str, before: str) -> str:
         found.append(f"{type(trainer.lightning_module).__name__}.training_step")
     if (after, before) == (looks.VALIDATION, looks.VALIDATED):
         found.append(f"{type(trainer.lightning_module).__name__}.validation_step")
-    names = [f"`{name}`" for name in dict.fromkeys(found)]
-    rest = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + rest
+    return ", ".join(f"`{name}`" for name in dict.fromkeys(found))
 
 
 def _between(trainer: Trainer, ours: Callback, after: str, before: str) -> Iterator[str]:

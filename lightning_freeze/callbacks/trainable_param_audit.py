@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Union
 
@@ -10,8 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_freeze.arguments import call_of, interval, one_of, whole
 from lightning_freeze.audit import trace as looks
-from lightning_freeze.audit.declared import Declared, ignored_by
-from lightning_freeze.audit.findings import CHANGED, Finding, Seen
+from lightning_freeze.audit.declared import Declared, ignored_by, redeclared
+from lightning_freeze.audit.findings import Finding, Seen
 from lightning_freeze.audit.identity import untied
 from lightning_freeze.audit.ranks import sharded_apart
 from lightning_freeze.audit.record import Record
@@ -23,7 +25,13 @@ from lightning_freeze.callbacks._copies import forget_model, own_state
 from lightning_freeze.callbacks._declaration import declared_by
 from lightning_freeze.callbacks._hooks import StepHooks
 from lightning_freeze.callbacks._judge import Judge, compare_ranks
-from lightning_freeze.callbacks._lightning import Callback, LightningModule, Trainer, is_fitting
+from lightning_freeze.callbacks._lightning import (
+    Callback,
+    LightningModule,
+    Trainer,
+    is_fitting,
+    rank_zero_info,
+)
 from lightning_freeze.callbacks._neighbours import averages_of, batches_per_step, who_runs
 from lightning_freeze.callbacks._papers import Papers
 from lightning_freeze.callbacks._sharded import restores_late
@@ -31,14 +39,11 @@ from lightning_freeze.callbacks.base import by_tuner, saved_state, start
 from lightning_freeze.callbacks.fit_state import FitState, enter
 from lightning_freeze.engine.distributed import from_all_ranks, together
 from lightning_freeze.engine.optimizers import ids_held, learning_rates
-from lightning_freeze.model.index import ModelIndex
+from lightning_freeze.model.index import ModelIndex, some
 from lightning_freeze.model.selectors import Selectors, as_selectors
 from lightning_freeze.report.html import audit_to_html
 from lightning_freeze.report.summary import groups_or_children
 from lightning_freeze.report.timeline import Moment
-
-# with several ranks, what slices find is told when all of them come to the same step
-_STEPS_TO_AGREE = 50
 
 
 class TrainableParamAudit(Callback):
@@ -46,17 +51,21 @@ class TrainableParamAudit(Callback):
 
     It compares fingerprints of frozen parameters and buffers, flags, modes, gradients, optimizer
     groups, ties and ranks with what the freezing callbacks declared; alone, with what
-    `requires_grad` says at fit start. It changes nothing. What it finds has a cause that was
+    `requires_grad` says at fit start, and at each epoch's border where whole modules are frozen or
+    unfrozen by hand. It changes nothing. What it finds has a cause that was
     looked for: while a step runs it notes who writes to a frozen tensor.
 
+    Buffers are compared where they may be weights: those of frozen modules, and the persistent ones
+    of every module in which nothing trains (a quantised layer). What moves by design may move:
+    running statistics in train mode, observers, and what is written in the first step.
+
     Args:
-        on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn".
-            With "warn", a frozen tensor that is found changed at an epoch's end is watched
-            through every batch of the next epoch, to see who changes it.
-        every: "epoch", "batch", a number of optimizer steps between two checks, or "rolling": each
-            step compares a slice of the frozen tensors, sized so that the audit takes at most 1 %
-            of the step's time. The end of each epoch and each change of the trainable set is
-            always checked.
+        on_violation: "raise" (`FrozenWeightsChanged`, or `AuditError` for the rest) or "warn". A
+            layer that never gets a gradient while others do is a warning in any case.
+            With "warn", a tensor that changes again after it was told of is told of again, unless
+            it is by the same cause at the next check: then the finding counts it.
+        every: "epoch", "batch", or a number of optimizer steps between two checks. The end of each
+            epoch and each change of the trainable set is always checked.
         table: print who trains at fit start and at each change, and the verdict at fit end.
         log_metrics: log the numbers of trainable and frozen parameters to the loggers.
         report: path of a JSON report, written at fit end and when an exception ends the fit.
@@ -138,8 +147,9 @@ class TrainableParamAudit(Callback):
         self._wrapped: frozenset[str] = frozenset()
         self._ignored: frozenset[str] = frozenset()
         self._last_step = 0
-        self._hunt_ends = -1
         self._ended = False
+        self._trained = False
+        self._at_border = False
         self._saved: dict[str, Any] = {}
 
     @property
@@ -183,6 +193,7 @@ class TrainableParamAudit(Callback):
             if self._resumed is not None:
                 told = self._resumed.certificate.findings
                 self._record.findings = [Finding.from_dict(finding) for finding in told]
+                self._record.inherited = len(told)
                 self._record.fresh = self._resumed.fresh
             self._record.moments = Moment.read(state.get("moments", ()))
             self._record.checks = state.get("checks", 0)
@@ -234,6 +245,7 @@ class TrainableParamAudit(Callback):
             self._begin(trainer, pl_module, fit)
         assert self._run is not None
         fit.settle()
+        self._adopt(trainer)
         self._run.look(looks.FIT, self._now(trainer))
         for optimizer in trainer.optimizers:
             self._hooks.add(optimizer, self._run, lambda: self._now(trainer))
@@ -253,7 +265,6 @@ class TrainableParamAudit(Callback):
             now=self._now(trainer),
             dead_after=self.dead_after,
             managed=fit.managed,
-            rolling=self.every == "rolling",
             omitted=left_out(
                 fit.index, self._record.groups, _held(trainer, fit), managed=fit.managed
             ),
@@ -275,6 +286,42 @@ class TrainableParamAudit(Callback):
         seen += sharded_apart(sorted(self._fit.apart & frozen))
         self._check(trainer, seen + untied(self._fit.tied, self._run.ledger.index))
 
+    def _adopt(self, trainer: Trainer) -> None:
+        """Where no callback of ours freezes: take flags that were set by hand as declared."""
+        fit, run = self._fit, self._run
+        assert fit is not None
+        assert run is not None
+        index = run.ledger.index
+        if fit.managed:
+            return
+        new = None
+        if run.ledger.now() is index:
+            new = redeclared(self._declared, index, trained=self._trained)
+        if trainer.world_size > 1:
+            each = from_all_ranks(None if new is None else new.frozen, "what is frozen by hand")
+            new = new if all(frozen == each[0] for frozen in each) else None
+        if new is None:
+            return
+        if self._trained:
+            self._check(trainer, flags=False)
+        on, off = self._declared.frozen - new.frozen, new.frozen - self._declared.frozen
+        self._declared = new
+        run.declare(new, self._now(trainer))
+        if not self._trained:
+            if self._at_border:
+                self._chronicle.take_down(trainer, run)
+            return
+        told = [
+            f"{some(sorted(names))} {verb}"
+            for names, verb in ((on, "train"), (off, "is frozen"))
+            if names
+        ]
+        rank_zero_info(
+            f"Audit: {' and '.join(told)} from epoch {trainer.current_epoch} on: other code set "
+            "`requires_grad` at the epoch's border."
+        )
+        self._chronicle.change(trainer, fit, run)
+
     def _on_change(self, trainer: Trainer, when: str) -> None:
         """Check what was, then declare what is to be."""
         fit = self._fit
@@ -291,7 +338,6 @@ class TrainableParamAudit(Callback):
         self._declared = declared_by(fit, self._ignored)
         if self._run is not None:
             self._run.declare(self._declared, self._now(trainer))
-            self._hunt_ends = -1
             self._chronicle.change(trainer, fit, self._run)
 
     # while it runs
@@ -300,6 +346,7 @@ class TrainableParamAudit(Callback):
         """Take down the learning rates."""
         if self._fit is not None and self._run is not None:
             self._fit.tick(trainer)
+            self._at_border = True
             self._run.look(looks.EPOCH, self._now(trainer))
             self._chronicle.take_down(trainer, self._run)
 
@@ -310,6 +357,9 @@ class TrainableParamAudit(Callback):
         if self._fit is None or self._run is None:
             return
         self._fit.tick(trainer)
+        if self._at_border:
+            self._adopt(trainer)
+        self._at_border, self._trained = False, True
         if self._resumed is not None:
             # a freeze by hand is often put back at an epoch's start, behind `on_train_start`
             self._first_check(trainer)
@@ -334,13 +384,7 @@ class TrainableParamAudit(Callback):
         self._run.batch_ends(self._now(trainer))
         steps = trainer.global_step - self._last_step
         due = self.every == "batch" or (isinstance(self.every, int) and steps >= self.every)
-        due = due or trainer.current_epoch <= self._hunt_ends
-        if trainer.world_size == 1:
-            due = due or self._run.waiting
-        elif self.every == "rolling" and steps >= _STEPS_TO_AGREE:
-            self._last_step = trainer.global_step
-            due = any(from_all_ranks(self._run.waiting, "a rolling audit"))
-        if due:
+        if due or (trainer.world_size == 1 and self._run.waiting):
             self._check(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -363,17 +407,19 @@ class TrainableParamAudit(Callback):
         if run is None:
             return
         run.epoch_ends(self._now(trainer))
+        border = run.flipped_at_border
+        if trainer.world_size > 1:
+            border = all(from_all_ranks(border, "flags at an epoch's end"))
+        if border:
+            self._adopt(trainer)
         self._chronicle.end_epoch(trainer, run)
-        if run.hunting and trainer.current_epoch >= self._hunt_ends:
-            self._check(trainer)
-            run.give_up(self._now(trainer))
-            return
         self._check(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check a last time, all ranks together."""
         if self._run is not None:
             self._ended = True
+            self._run.fit_ends()
             self._check(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -406,10 +452,21 @@ class TrainableParamAudit(Callback):
 
     def _say_last_words(self, trainer: Trainer) -> None:
         """Where an exception ends the fit, before modes and groups are the user's again."""
-        if self._run is not None and not self._ended:
-            self._ended = True
-            self._judge.note(trainer, self._run, self._run.last_words())
-            self._finish(trainer)
+        if self._run is None or self._ended:
+            return
+        self._ended = True
+        try:
+            try:
+                self._judge.note(trainer, self._run, self._run.last_words())
+            finally:
+                self._finish(trainer)
+        except Exception as error:
+            # the user's own error is on its way, and must not be replaced
+            warnings.warn(
+                f"The audit couldn't look at the model when the fit broke off: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Keep what was seen, and nothing of the model."""
@@ -418,7 +475,8 @@ class TrainableParamAudit(Callback):
 
     def _leave(self) -> None:
         if self._run is not None:
-            self._saved = self.state_dict()  # a checkpoint may be saved behind the fit
+            with suppress(Exception):  # the model may be in pieces
+                self._saved = self.state_dict()  # a checkpoint may be saved behind the fit
         self._run = None
         fit, self._fit = self._fit, None
         if fit is not None:
@@ -452,9 +510,7 @@ class TrainableParamAudit(Callback):
             self._record.count_check()
             self._last_step = trainer.global_step
             new = self._judge.hear(trainer, run, seen)
-        if not self._ended and not run.hunting and any(f.code in CHANGED for f in new):
-            self._hunt_ends = trainer.current_epoch + 1
-            run.hunt(new, self._now(trainer))
+        run.renew(seen, self._now(trainer))
         return new
 
     def to_dict(self) -> dict[str, Any]:

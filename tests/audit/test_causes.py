@@ -223,30 +223,6 @@ def test_what_was_seen_being_written_is_dated(model: Net) -> None:
     assert only(watched.check()).since == (0, 1)
 
 
-def test_a_step_that_nobody_watched_is_not_mistaken_for_other_code(model: Net) -> None:
-    optimizer = AdamW(model.parameters(), lr=0.1)
-    watched = Watched(model, optimizer)
-    watched.step()
-    watched.trace.skip()
-    weight(model).grad = torch.ones(4, 3)
-    optimizer.step()
-    watched.trace.look(looks.START, (0, 2))
-    assert watched.cause().startswith("AdamW holds it and it has a stale gradient")
-
-
-def test_a_suspect_that_is_written_past_autograd_is_placed(model: Net) -> None:
-    watched = Watched(model, SGD(model.head.parameters(), lr=0.1))
-    watched.trace.suspect(["body.0.weight"])
-    watched.step(number=0)
-    watched.step(number=1, during=lambda: weight(model).data.add_(1))
-    seen = only(watched.check())
-    assert seen.cause.endswith(
-        "it was written through `.data` or from outside of autograd, in the forward or backward "
-        "pass of a batch."
-    )
-    assert seen.since == (0, 1)
-
-
 # Buffers
 
 

@@ -29,6 +29,8 @@ def test_a_finding_is_plain_values() -> None:
         "cause": "Because.",
         "fix": "Mend it.",
         "since": None,
+        "severity": "error",
+        "count": 1,
     }
 
 

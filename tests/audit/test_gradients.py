@@ -92,7 +92,7 @@ class Towers(nn.Module):
 
 
 CAUSES = {
-    "uncalled": "Its module is never called in the forward pass.",
+    "uncalled": "Its module wasn't called in the batch that was looked at.",
     "unused": "Its module is called, but the loss doesn't depend on its output: the output is "
     "unused or detached.",
     "detached": "Its module is called, but the loss doesn't depend on its output: the output is "

@@ -152,7 +152,7 @@ RUNS: dict[str, tuple[Make, Callable[[], list[Callback]], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("every", ["batch", "rolling"])
+@pytest.mark.parametrize("every", ["batch", 3])
 @pytest.mark.parametrize("case", RUNS)
 def test_a_healthy_run_has_no_finding(case: str, every: str) -> None:
     make, callbacks, options = RUNS[case]

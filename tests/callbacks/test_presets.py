@@ -189,7 +189,7 @@ def test_a_table_of_who_trains_is_shown_once_where_layers_are_drawn(
     assert capsys.readouterr().out.count("who trains") == 2
 
 
-@pytest.mark.parametrize("every", ["rolling", "batch", 3])
+@pytest.mark.parametrize("every", ["batch", 3])
 def test_every_way_of_auditing_goes_with_random_layers(every: Any) -> None:
     audit = TrainableParamAudit(table=False, every=every)
     lisa = GradualUnfreeze.lisa(1, every=2)

@@ -121,7 +121,7 @@ def test_alone_it_guards_a_freeze_written_by_hand() -> None:
     trainer(audit, epochs=2).fit(model, loader(), loader(seed=2))
     assert audit.findings == []
     assert "What was frozen was unchanged to the bit" in audit.verdict
-    assert "(23 tensors are at the end)" in audit.verdict
+    assert "(23 tensors are frozen at the end)" in audit.verdict
     audit, model = by_hand()
     model.backbone.eval()
     run = trainer(Sabotage(write_data), audit, epochs=2)
