@@ -14,6 +14,7 @@ from lightning_freeze.callbacks._lightning import Trainer, is_a, rank_zero_warn
 from lightning_freeze.callbacks.frozen_feature_cache import FrozenFeatureCache
 from lightning_freeze.checkpoints.certificate import Certificate, sha256, until
 from lightning_freeze.checkpoints.files import write_json
+from lightning_freeze.checkpoints.verify.matching import escaped, quoted
 from lightning_freeze.errors import ArgumentError
 from lightning_freeze.fingerprint import fingerprint
 from lightning_freeze.model.index import named_tensors
@@ -105,7 +106,9 @@ class Papers:
                 raise
             if str(path) not in self._told:
                 self._told.add(str(path))
-                rank_zero_warn(f"`{path}` couldn't be written: {error}. The fit goes on.")
+                rank_zero_warn(
+                    f"{quoted(path)} couldn't be written: {escaped(str(error))}. The fit goes on."
+                )
 
 
 def _with_sha256(certificate: Certificate, module: Any) -> Certificate:

@@ -206,6 +206,7 @@ def _against(
     """Compare a part of a model with a checkpoint: origins, keys that aren't used, and a note."""
     # what reads checkpoints isn't loaded as long as none is given
     from lightning_freeze.checkpoints.verify.files import open_weights, weights_in
+    from lightning_freeze.checkpoints.verify.matching import escaped
 
     weights = open_weights(source) if isinstance(source, (str, Path)) else weights_in(source)
     fits, error = [], None
@@ -228,7 +229,7 @@ def _against(
             found[plain[name]] = _compare(weights, key, tensors[plain[name]])
     compared = any(origin.state in (LOADED, CHANGED) for origin in found.values())
     how = "compared to the bit with" if compared else "by name and shape, against"
-    note = f"Origin: {how} {weights.path} ({weights.kind}"
+    note = f"Origin: {how} {escaped(weights.path)} ({weights.kind}"
     note += f", {len(weights.specs)} tensor{'s' if len(weights.specs) != 1 else ''})."
     missing = [first for first in dict.fromkeys(spellings[0].values()) if first not in found]
     elsewhere = [f for f in missing if marks.get(f, Origin()).state in (LOADED, WRITTEN)]
