@@ -391,7 +391,7 @@ def test_the_path_of_a_file_cannot_act_on_a_terminal(tmp_path: Path) -> None:
     path = save(tmp_path / "net\x1b[2J\n.pt", model.state_dict())
     text = str(summarize(model, origin=path))
     assert "\x1b" not in text
-    assert r"net\x1b[2J\n.pt (state dict, 9 tensors)" in text
+    assert r"net\x1b[2J\n.pt (state dict, 11 tensors)" in text
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning_freeze.checkpoints.certificate import read_certificate
 from lightning_freeze.cli import main
 from tests.toys import same
-from tests.verify.files import Run, save
+from tests.verify.files import Run, certificate, save, write_certificate
 
 FLIPS = 100
 Captured = pytest.CaptureFixture[str]
@@ -38,8 +38,8 @@ def status(capsys: Captured, *arguments: str) -> int:
 def test_a_damaged_checkpoint_passes_only_if_what_was_frozen_is_whole(
     run: Run, tmp_path: Path, capsys: Captured
 ) -> None:
-    certificate = read_certificate(run.certificate)
-    callbacks = {"TrainableParamAudit": {"certificate": certificate.to_dict()}}
+    held = read_certificate(run.certificate)
+    callbacks = {"TrainableParamAudit": {"certificate": held.to_dict()}}
     whole = save(tmp_path / "whole.ckpt", {**run.content, "callbacks": callbacks})
     content, path = Path(whole).read_bytes(), tmp_path / "x.ckpt"
     seen = []
@@ -49,11 +49,45 @@ def test_a_damaged_checkpoint_passes_only_if_what_was_frozen_is_whole(
             seen.append(status(capsys, str(path), "--certificate", file))
             if seen[-1] == 0:
                 state = torch.load(path, weights_only=True, mmap=True)["state_dict"]
-                assert all(same(state[name], run.after[name]) for name in certificate.frozen)
+                assert all(same(state[name], run.after[name]) for name in held.frozen)
         if status(capsys, run.checkpoint, str(path)) == 0:
             state = torch.load(path, weights_only=True, mmap=True)["state_dict"]
             assert all(same(state[name], run.after[name]) for name in state if name in run.after)
     assert set(seen) == {0, 1, 2}
+
+
+MIXED = {
+    f"body.layer.{i}.{part}": torch.arange(6.0).reshape(shape) + 10 * i
+    for i in range(3)
+    for part, shape in (("weight", (2, 3)), ("scale", (6,)))
+}
+
+
+def test_no_copy_elsewhere_passes_for_a_certified_tensor_that_is_not_as_it_was(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    seen = set()
+    for seed in range(4 * FLIPS):
+        random = Random(seed)
+        there, here = (random.choice(("", "model.", "net.model.", "x.")) for _ in range(2))
+        weights = {here + name: tensor.clone() for name, tensor in MIXED.items()}
+        spoilt = random.sample(list(weights), random.choice((0, 1, 2, 4)))
+        for name in spoilt:
+            other = random.choice((weights[name] + 1, torch.zeros(9), weights[name].double(), None))
+            weights |= {name: other} if other is not None else {}
+            if other is None:
+                del weights[name]
+        copies = random.choice(((), (f"old.{here}",), ("old.", "ema.")))
+        for copy in copies:
+            weights |= {copy + name: tensor for name, tensor in MIXED.items()}
+        checkpoint = save(tmp_path / "x.pt", {**weights, f"{here}head.w": torch.zeros(2)})
+        certified = {there + name: tensor for name, tensor in MIXED.items()}
+        proof = write_certificate(tmp_path / "c.json", certificate(certified))
+        base = [save(tmp_path / "b.pt", certified)] if random.random() < 0.5 else []
+        found = status(capsys, *base, checkpoint, "--certificate", proof)
+        assert found or not spoilt, (seed, spoilt)
+        seen.add((found, bool(spoilt)))
+    assert seen == {(0, False), (2, False), (1, True), (2, True)}
 
 
 def test_a_damaged_certificate_is_refused(run: Run, tmp_path: Path, capsys: Captured) -> None:
